@@ -1,0 +1,133 @@
+"""What compress() hangs on a model: the method, the tap on the tower, and the step from N to K."""
+
+import threading
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlmzip.capture import Tap
+from vlmzip.merging import ZipOutput
+from vlmzip.methods.base import Grid, Method
+from vlmzip.patch import Patches
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What became of one image's or video's tokens. V is its number of views (crops, frames).
+
+    Attributes:
+        dominant: [V, dominant] int64, indices into a view's N tokens, the CLS token counted.
+        contextual: [V, contextual] int64, indices of the contextual targets.
+        assignment: [V, N] int64, the row of the view's kept tokens that each token went into, or -1.
+        scores: [V, N] float32, the attention that the choice was made by.
+        grid: Per view (h, w), rows and columns of patch tokens.
+    """
+
+    dominant: Tensor
+    contextual: Tensor
+    assignment: Tensor
+    scores: Tensor
+    grid: tuple[Grid, ...]
+
+
+class Attachment:
+    """The state of one compressed model; lives on the model, so a copied model has a copy.
+
+    Args:
+        family: The model's family, fitted to its config.
+        method: Its ``order`` is settled.
+        cls_token: The tower has a CLS token, at index 0.
+        views: The most views that an image can have.
+        dynamic: Views differ in size, so a small one may have fewer tokens than the budget.
+    """
+
+    def __init__(
+        self, family: Any, method: Method, *, cls_token: bool, views: int, dynamic: bool
+    ) -> None:
+        self.family = family
+        self.method = method
+        self.tap = Tap(cls_token)
+        self.patches = Patches()
+        self.views = views
+        self.dynamic = dynamic
+        self._history = _History()
+
+    def zip_views(self, hidden: Tensor, scores: Tensor, keys: Tensor, grid: Grid) -> ZipOutput:
+        """Compress a batch of equally large views.
+
+        Args:
+            hidden: [B, N, D], the tower's tokens, CLS included if it has one.
+            scores: [B, N] float32.
+            keys: [B, N, d] float32.
+            grid: (h, w) of the patches.
+
+        Returns:
+            The method's output with the scores it was chosen by; without the CLS token, if the
+            method does not send it on, so that indices count patches only.
+
+        Raises:
+            RuntimeError: A score, key or kept token is NaN or infinite (on a CPU at once, on other
+                devices when they synchronise).
+        """
+        scores, keys = scores.to(hidden.device), keys.to(hidden.device)
+        cls_token = self.tap.cls_token
+        if cls_token and not self.method.send_cls:
+            hidden, scores, keys = hidden[:, 1:], scores[:, 1:], keys[:, 1:]
+            cls_token = False
+        k = self.method.budget.count(hidden.shape[1], views=self.views, dynamic=self.dynamic)
+        out = self.method(hidden, scores, keys, grid, k, cls_token)
+        finite = scores.isfinite().all() & keys.isfinite().all() & out.tokens.isfinite().all()
+        torch._assert_async(
+            finite, "the vision tower gave NaN or infinite values; check its weights and dtype"
+        )
+        return replace(out, scores=scores)
+
+    def record(self, selections: list[Selection]) -> None:
+        """Note what became of the images of this forward, in prompt order."""
+        self._history.record(selections)
+
+    @property
+    def last(self) -> tuple[Selection, ...]:
+        """See :attr:`vlmzip.Compressed.last`."""
+        return self._history.last
+
+
+class _History:
+    """The calling thread's latest selections."""
+
+    def __init__(self) -> None:
+        self._local = threading.local()
+        self._compiled = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _History, ()
+
+    def record(self, selections: list[Selection]) -> None:
+        self._compiled = torch.compiler.is_compiling()
+        if not self._compiled:
+            self._local.last = tuple(selections)
+
+    @property
+    def last(self) -> tuple[Selection, ...]:
+        if self._compiled:
+            raise RuntimeError(
+                "the latest forward was compiled and keeps no record; run one without torch.compile "
+                "to see which tokens are kept"
+            )
+        last: tuple[Selection, ...] = getattr(self._local, "last", ())
+        return last
+
+
+def selections_of(out: ZipOutput | None, grid: Grid, views: list[int]) -> list[Selection]:
+    """Cut a batch of equally large views into selections, ``views[i]`` of them for image i."""
+    assert out is not None
+    assert out.scores is not None
+    parts = [
+        tensor.detach().split(views)
+        for tensor in (out.dominant, out.contextual, out.assignment, out.scores)
+    ]
+    return [
+        Selection(*tensors, grid=(grid,) * count) for *tensors, count in zip(*parts, views, strict=True)
+    ]

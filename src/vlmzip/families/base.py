@@ -1,0 +1,132 @@
+"""What a model family has to say: where to read, where to compress, how many placeholders."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self, TypeVar
+
+import torch
+import transformers
+from PIL import Image
+from transformers import PreTrainedModel
+from transformers.processing_utils import ProcessorMixin
+
+from vlmzip.attachment import Attachment
+from vlmzip.merging import Order
+from vlmzip.methods.base import Method
+
+REGISTRY: "dict[str, type[Family]]" = {}
+FamilyType = TypeVar("FamilyType", bound="type[Family]")
+
+
+def register(cls: FamilyType) -> FamilyType:
+    """Class decorator: make a family known by its ``name``."""
+    if cls.name in REGISTRY:
+        raise ValueError(f"two families are called {cls.name!r}")
+    REGISTRY[cls.name] = cls
+    return cls
+
+
+@dataclass(frozen=True)
+class Card:
+    """A family's row in ``vlmzip models`` and docs/models.md."""
+
+    models: str
+    tower: str
+    layer: str
+    compressed: str
+    count: str
+    tested: str
+    untested: str
+
+
+@dataclass(frozen=True)
+class Family(ABC):
+    """A family fitted to one model's config; pure data, shared by model side and processor side."""
+
+    name: ClassVar[str]
+    processor_class: ClassVar[str]
+    order: ClassVar[Order]
+    card: ClassVar[Card]
+
+    @classmethod
+    @abstractmethod
+    def from_config(cls, config: Any) -> Self:
+        """Read what matters from the model's config.
+
+        Raises:
+            UnsupportedModelError: This configuration cannot be compressed; the message says why.
+        """
+
+    @abstractmethod
+    def attachment(self, method: Method) -> Attachment:
+        """Fresh state for a model that ``method`` compresses.
+
+        Raises:
+            ValueError: The method's budget does not fit the model.
+        """
+
+    @abstractmethod
+    def attach(self, base: PreTrainedModel, state: Attachment) -> None:
+        """Fit ``state`` to the model's base model (``model.base_model``), through ``state.patches``."""
+
+    @abstractmethod
+    def image_tokens(self, method: Method, stock: int, image_inputs: Any, index: int) -> int:
+        """Placeholders of image ``index`` of a processed batch; ``stock`` without compression.
+
+        Raises:
+            ValueError: The processor was set up for another model.
+        """
+
+    @abstractmethod
+    def sized_image_tokens(self, method: Method, stock: int, size: tuple[int, int]) -> int:
+        """Placeholders of an image of (height, width) pixels; ``stock`` without compression."""
+
+    @abstractmethod
+    def check_expanded(self, method: Method, placeholders: int, token: str) -> None:
+        """Check prompts that come without images: their placeholders must be expanded already.
+
+        Raises:
+            ValueError: They cannot be.
+        """
+
+    def check_processor(self, processor: ProcessorMixin, config: Any, method: Method) -> None:
+        """Check, on a dummy image, that a processor fits this model.
+
+        Raises:
+            ValueError: It is another model's, or it cannot process an image.
+        """
+        if not isinstance(processor, getattr(transformers, self.processor_class)):
+            raise ValueError(
+                f"a {self.name} model needs a {self.processor_class}, got "
+                f"{type(processor).__name__}: the processor is another model's"
+            )
+        if processor.image_token_id != config.image_token_id:
+            raise ValueError(
+                f"the processor's image token has id {processor.image_token_id}, the model's "
+                f"{config.image_token_id}: the processor is another model's"
+            )
+        try:
+            inputs = processor(images=[Image.new("RGB", (64, 48))], text=[processor.image_token])
+        except Exception as error:
+            raise ValueError(f"the processor cannot process an image: {error}") from error
+        stock = inputs["input_ids"][0].count(config.image_token_id)
+        self.image_tokens(method, stock, inputs, 0)
+
+
+def explain_mismatch(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """``get_placeholder_mask`` of a compressed model, whose error says what was forgotten.
+
+    Raises:
+        ValueError: Placeholders and image tokens are not as many.
+    """
+    stock = type(self).get_placeholder_mask
+    if torch.compiler.is_compiling():
+        return stock(self, *args, **kwargs)
+    try:
+        return stock(self, *args, **kwargs)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}. This model is compressed with {self._vlmzip.method.settings()}; the prompt was not "
+            "made by the processor that was compressed with it. Pass the processor to compress(model, "
+            "processor, method), or write one placeholder for each kept token"
+        ) from error

@@ -1,0 +1,94 @@
+"""The processor side: K placeholder tokens an image instead of N."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vlmzip.methods.base import Method
+
+if TYPE_CHECKING:
+    from vlmzip.families.base import Family
+
+
+@dataclass(frozen=True)
+class Placeholders:
+    """How many placeholder tokens an image gets: the same rule as the model side's."""
+
+    family: "Family"
+    method: Method
+
+
+class CompressedProcessor:
+    """Mixed into the class of one processor instance; the class keeps its name, so it saves as before."""
+
+    _vlmzip: Placeholders
+
+    def replace_image_token(self, image_inputs: Any, image_idx: int, **kwargs: Any) -> str:
+        """The placeholder string of one image, with K placeholder tokens in it."""
+        stock: str = super().replace_image_token(image_inputs, image_idx, **kwargs)  # type: ignore[misc]
+        token: str = self.image_token  # type: ignore[attr-defined]
+        rule = self._vlmzip
+        k = rule.family.image_tokens(rule.method, stock.count(token), image_inputs, image_idx)
+        head, tail = stock[: stock.find(token)], stock[stock.rfind(token) + len(token) :]
+        return head + token * k + tail
+
+    def get_text_with_replacements(
+        self,
+        text: list[str],
+        images_replacements: list[str] = [],
+        *args: Any,
+    ) -> Any:
+        """Expand the prompts, after checking that images and placeholders are as many."""
+        token: str = self.image_token  # type: ignore[attr-defined]
+        wanted, given = sum(prompt.count(token) for prompt in text), len(images_replacements)
+        if given and wanted != given:
+            raise ValueError(
+                f"the text has {wanted} {token} placeholders for {given} images; "
+                f"write {token} once for each image"
+            )
+        if not given:
+            self._vlmzip.family.check_expanded(self._vlmzip.method, wanted, token)
+        return super().get_text_with_replacements(text, images_replacements, *args)  # type: ignore[misc]
+
+    def _get_num_multimodal_tokens(self, image_sizes: Any = None, **kwargs: Any) -> Any:
+        data = super()._get_num_multimodal_tokens(image_sizes=image_sizes, **kwargs)  # type: ignore[misc]
+        if image_sizes is not None:
+            rule = self._vlmzip
+            data.num_image_tokens = [
+                rule.family.sized_image_tokens(rule.method, stock, size)
+                for stock, size in zip(data.num_image_tokens, image_sizes, strict=True)
+            ]
+        return data
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        stock = stock_class(self)
+        return _rebuild, (stock, self.__dict__)
+
+
+def stock_class(processor: Any) -> type:
+    """The class of a processor before :func:`compress_processor`."""
+    cls: type = type(processor)
+    return cls.__mro__[2] if isinstance(processor, CompressedProcessor) else cls
+
+
+def compress_processor(processor: Any, rule: Placeholders) -> None:
+    """Make this instance write K placeholders an image."""
+    cls = type(processor)
+    processor.__class__ = type(
+        cls.__name__,
+        (CompressedProcessor, cls),
+        {"__module__": cls.__module__, "__doc__": cls.__doc__},
+    )
+    processor._vlmzip = rule
+
+
+def restore_processor(processor: Any) -> None:
+    """Take :func:`compress_processor` back."""
+    processor.__class__ = stock_class(processor)
+    del processor._vlmzip
+
+
+def _rebuild(stock: type, state: dict[str, Any]) -> Any:
+    processor: Any = object.__new__(stock)
+    processor.__dict__.update(state)
+    compress_processor(processor, state["_vlmzip"])
+    return processor
