@@ -2,6 +2,7 @@
 
 import threading
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -124,10 +125,14 @@ def selections_of(out: ZipOutput | None, grid: Grid, views: list[int]) -> list[S
     """Cut a batch of equally large views into selections, ``views[i]`` of them for image i."""
     assert out is not None
     assert out.scores is not None
-    parts = [
-        tensor.detach().split(views)
-        for tensor in (out.dominant, out.contextual, out.assignment, out.scores)
-    ]
+    ends = list(accumulate(views))
     return [
-        Selection(*tensors, grid=(grid,) * count) for *tensors, count in zip(*parts, views, strict=True)
+        Selection(
+            dominant=out.dominant[end - count : end].detach(),
+            contextual=out.contextual[end - count : end].detach(),
+            assignment=out.assignment[end - count : end].detach(),
+            scores=out.scores[end - count : end].detach(),
+            grid=(grid,) * count,
+        )
+        for end, count in zip(ends, views, strict=True)
     ]

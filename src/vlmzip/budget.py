@@ -115,10 +115,9 @@ class Budget:
 
         A pair that was spelled out is kept; any other count is split by :func:`split`.
         """
-        pair = (self.dominant, self.contextual)
-        if pair[0] is not None and pair[1] is not None and sum(pair) == k:
-            return pair
-        return split(k)
+        if self.dominant is None or self.contextual is None or self.dominant + self.contextual != k:
+            return split(k)
+        return self.dominant, self.contextual
 
 
 def _check_share(keep: object) -> float:

@@ -1,5 +1,6 @@
 """The processor side: K placeholder tokens an image instead of N."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,7 @@ class CompressedProcessor:
     def get_text_with_replacements(
         self,
         text: list[str],
-        images_replacements: list[str] = [],
+        images_replacements: Sequence[str] = (),
         *args: Any,
     ) -> Any:
         """Expand the prompts, after checking that images and placeholders are as many."""
