@@ -320,10 +320,18 @@ def test_compiles_without_graph_breaks(kind: str, masked: bool) -> None:
 
 
 @both
-def test_scores_ask_no_gradients(kind: str) -> None:
-    """Choosing is not differentiable, so nothing of it need be kept for the way back."""
-    q, k = (tensor.requires_grad_() for tensor in example())
-    assert not SCORES[kind](q, k, 0.3).requires_grad
+def test_nothing_of_size_n_by_n_is_kept_for_a_backward_pass(kind: str) -> None:
+    """With a tower in training, autograd must not gather the chunks that were thrown away."""
+    tokens, kept = 600, []
+    q, k = (t.requires_grad_() for t in example(batch=1, heads=2, tokens=tokens))
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        SCORES[kind](q, k, 0.3)
+    assert sum(kept) < tokens * tokens
 
 
 # --- bad input --------------------------------------------------------------------------------
