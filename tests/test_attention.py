@@ -63,9 +63,7 @@ def inputs(draw: st.DrawFn) -> tuple[Any, ...]:
     if kind == "bool":
         return q, k, scale, allowed
     closed = -torch.inf if kind == "-inf" else torch.finfo(torch.float32).min
-    bias = torch.from_numpy(
-        draw(hnp.arrays(np.float32, sizes, elements=st.floats(-3, 3, width=32)))
-    )
+    bias = torch.from_numpy(draw(hnp.arrays(np.float32, sizes, elements=st.floats(-3, 3, width=32))))
     return q, k, scale, bias.masked_fill(~allowed, closed)
 
 

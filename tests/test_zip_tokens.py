@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import reference
-from vlmzip import zip_tokens
+from vlmzip import VisionZip, zip_tokens
 from vlmzip.attention import cls_attention, mean_keys, received_attention
 
 PAPER_BUDGETS = [(27, 5), (54, 10), (108, 20), (162, 30)]
@@ -355,6 +355,57 @@ def test_half_precision_sums_do_not_overflow() -> None:
     _, scores, keys = example(batch=1, tokens=100)
     out = zip_tokens(hidden, scores, keys, dominant=2, contextual=1, merge="average")
     assert torch.equal(out.tokens, torch.full((1, 3, 2), 3e4, dtype=torch.float16))
+
+
+# --- as a method --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cls_token", [True, False], ids=["cls", "no-cls"])
+@pytest.mark.parametrize("merge", MERGES)
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(
+    ("given_", "k", "parts"),
+    [
+        ({"tokens": 17}, 17, (14, 3)),
+        ({"dominant": 10, "contextual": 7}, 17, (10, 7)),
+        ({"dominant": 10, "contextual": 7}, 12, (10, 2)),
+        ({"dominant": 17, "contextual": 0}, 17, (17, 0)),
+        ({"keep": 0.5}, 18, (15, 3)),
+        ({"total_tokens": 64}, 32, (27, 5)),
+        ({"tokens": 1}, 1, (1, 0)),
+    ],
+    ids=str,
+)
+def test_method_equals_the_reference(
+    given_: dict[str, Any],
+    k: int,
+    parts: tuple[int, int],
+    merge: str,
+    order: str,
+    cls_token: bool,
+) -> None:
+    hidden, scores, keys = example(tokens=35 + cls_token)
+    method = VisionZip(**given_, merge=merge, order=order)
+    out = method(hidden, scores, keys, (5, 7), k, cls_token)
+    chosen = {"cls_token": cls_token, "merge": merge, "order": order}
+    assert out.tokens.shape == (2, k, 8)
+    reference.assert_same_zip(out, hidden, scores, keys, dominant=parts[0], contextual=parts[1], **chosen)
+
+
+@pytest.mark.parametrize("given_", [{"tokens": 36}, {"dominant": 30, "contextual": 6}], ids=str)
+@pytest.mark.parametrize("order", [*ORDERS, None])
+def test_method_passes_all_tokens_untouched(given_: dict[str, Any], order: str | None) -> None:
+    hidden, scores, keys = example(tokens=36)
+    out = VisionZip(**given_, order=order)(hidden, scores, keys, (5, 7), 36, True)
+    assert torch.equal(out.tokens, hidden)
+    assert torch.equal(out.assignment, torch.arange(36).expand(2, 36))
+
+
+@pytest.mark.parametrize("k", [0, -1, 37])
+def test_method_refuses_counts_that_do_not_fit(k: int) -> None:
+    hidden, scores, keys = example(tokens=36)
+    with pytest.raises(ValueError, match=rf"{k}.*36"):
+        VisionZip(tokens=8)(hidden, scores, keys, (5, 7), k, True)
 
 
 # --- what must hold whatever the values -------------------------------------------------------
