@@ -127,6 +127,6 @@ def explain_mismatch(self: Any, *args: Any, **kwargs: Any) -> Any:
     except ValueError as error:
         raise ValueError(
             f"{error}. This model is compressed with {self._vlmzip.method.settings()}; the prompt was "
-            "not made by the processor that was compressed with it. Pass the processor to compress(model, "
+            "not made by the processor that was compressed with it. Pass that to compress(model, "
             "processor, method), or write one placeholder for each kept token"
         ) from error
