@@ -1,0 +1,64 @@
+# Every target sets up what it needs; `make help` lists them.
+
+PYTHON ?= python3.11
+JOBS ?= 2
+PYTEST = -m pytest -n $(JOBS) $(ARGS)
+
+# The tests measure nothing by the clock, so one thread a process keeps $(JOBS) of them out of each
+# other's way. No test may reach a model hub.
+export OMP_NUM_THREADS = 1
+export HF_HUB_OFFLINE = 1
+
+.DEFAULT_GOAL := help
+.PHONY: help test lint format wheel test-families test-newest clean
+
+help:  ## This list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
+
+test: .venv/ready  ## All tests, on the pinned versions (ARGS="-k llava" picks some)
+	.venv/bin/python $(PYTEST) tests
+
+lint: .venv/ready  ## ruff and a strict mypy
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+format: .venv/ready  ## Rewrite the code as `make lint` wants it, as far as ruff can
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+wheel: .venv/ready  ## Build dist/*.whl
+	.venv/bin/python -m build --wheel --no-isolation --outdir dist .
+
+test-families: .venv-families/ready  ## The tests of families whose processors need torchvision
+	.venv-families/bin/python $(PYTEST) -m torchvision tests
+
+test-newest: .venv-newest/ready  ## All tests again, on the newest transformers 5
+	.venv-newest/bin/python $(PYTEST) tests
+
+clean:  ## Remove virtual environments, builds and caches
+	rm -rf .venv .venv-families .venv-newest dist build
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find src tests benchmark -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+# Video and some image processors import torchvision for its Python part only. Its dependencies would
+# drag in another build of torch, and its compiled part is not needed.
+.venv-families/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-families
+	.venv-families/bin/pip install --quiet -c constraints.txt -e '.[dev]'
+	.venv-families/bin/pip install --quiet --no-deps torchvision==0.28.0
+	touch $@
+
+# transformers and what it may want newer versions of go free; the rest stays pinned.
+.venv-newest/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-newest
+	grep -vE '^(transformers|tokenizers|huggingface_hub|hf-xet|safetensors)==' constraints.txt \
+		> .venv-newest/constraints.txt
+	.venv-newest/bin/pip install --quiet --upgrade -c .venv-newest/constraints.txt \
+		-e '.[dev]' 'transformers>=5.19,<6'
+	touch $@
