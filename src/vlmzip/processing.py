@@ -1,5 +1,6 @@
 """The processor side: K placeholder tokens an image instead of N."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -32,23 +33,39 @@ class CompressedProcessor:
         head, tail = stock[: stock.find(token)], stock[stock.rfind(token) + len(token) :]
         return head + token * k + tail
 
+    def replace_video_token(self, video_inputs: Any, video_idx: int, **kwargs: Any) -> str:
+        """The placeholder string of one video; text between its frames stays, each gets as many."""
+        stock: str = super().replace_video_token(video_inputs, video_idx, **kwargs)  # type: ignore[misc]
+        token: str = self.video_token  # type: ignore[attr-defined]
+        rule = self._vlmzip
+        k = rule.family.video_tokens(rule.method, stock.count(token), video_inputs, video_idx)
+        runs = re.compile(f"(?:{re.escape(token)})+")
+        return runs.sub(token * (k // len(runs.findall(stock))), stock)
+
     def get_text_with_replacements(
         self,
         text: list[str],
         images_replacements: Sequence[str] = (),
+        videos_replacements: Sequence[str] = (),
         *args: Any,
     ) -> Any:
-        """Expand the prompts, after checking that images and placeholders are as many."""
-        token: str = self.image_token  # type: ignore[attr-defined]
-        wanted, given = sum(prompt.count(token) for prompt in text), len(images_replacements)
+        """Expand the prompts, after checking that images, videos and placeholders are as many."""
+        self._check_placeholders(text, self.image_token, len(images_replacements), "images")  # type: ignore[attr-defined]
+        if video_token := getattr(self, "video_token", None):
+            self._check_placeholders(text, video_token, len(videos_replacements), "videos")
+        return super().get_text_with_replacements(  # type: ignore[misc]
+            text, images_replacements, videos_replacements, *args
+        )
+
+    def _check_placeholders(self, text: list[str], token: str, given: int, kind: str) -> None:
+        wanted = sum(prompt.count(token) for prompt in text)
         if given and wanted != given:
             raise ValueError(
-                f"the text has {wanted} {token} placeholders for {given} images; "
-                f"write {token} once for each image"
+                f"the text has {wanted} {token} placeholders for {given} {kind}; "
+                f"write {token} once for each of the {kind}"
             )
         if not given:
             self._vlmzip.family.check_expanded(self._vlmzip.method, wanted, token)
-        return super().get_text_with_replacements(text, images_replacements, *args)  # type: ignore[misc]
 
     def _get_num_multimodal_tokens(self, image_sizes: Any = None, **kwargs: Any) -> Any:
         data = super()._get_num_multimodal_tokens(image_sizes=image_sizes, **kwargs)  # type: ignore[misc]

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.processing_utils import ProcessorMixin
 
 from vlmzip.attachment import Attachment
+from vlmzip.errors import UnsupportedModelError
 from vlmzip.merging import Order
 from vlmzip.methods.base import Method
 
@@ -81,9 +82,20 @@ class Family(ABC):
     def sized_image_tokens(self, method: Method, stock: int, size: tuple[int, int]) -> int:
         """Placeholders of an image of (height, width) pixels; ``stock`` without compression."""
 
+    def video_tokens(self, method: Method, stock: int, video_inputs: Any, index: int) -> int:
+        """Placeholders of video ``index`` of a processed batch; ``stock`` without compression.
+
+        Raises:
+            UnsupportedModelError: The family takes no videos.
+            ValueError: The processor was set up for another model.
+        """
+        raise UnsupportedModelError(
+            f"videos of a {self.name} model cannot be compressed; pass images, or remove the compression"
+        )
+
     @abstractmethod
     def check_expanded(self, method: Method, placeholders: int, token: str) -> None:
-        """Check prompts that come without images: their placeholders must be expanded already.
+        """Check prompts without images (or videos): placeholders must be expanded already.
 
         Raises:
             ValueError: They cannot be.
@@ -109,7 +121,8 @@ class Family(ABC):
             inputs = processor(images=[Image.new("RGB", (64, 48))], text=[processor.image_token])
         except Exception as error:
             raise ValueError(f"the processor cannot process an image: {error}") from error
-        stock = inputs["input_ids"][0].count(config.image_token_id)
+        # Some processors return tensors unasked.
+        stock = [int(token) for token in inputs["input_ids"][0]].count(config.image_token_id)
         self.image_tokens(method, stock, inputs, 0)
 
 
