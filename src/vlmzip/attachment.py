@@ -85,9 +85,31 @@ class Attachment:
         )
         return replace(out, scores=scores)
 
-    def record(self, selections: list[Selection]) -> None:
-        """Note what became of the images of this forward, in prompt order."""
-        self._history.record(selections)
+    def record(self, selections: list[Selection], kind: str = "image") -> None:
+        """Note what became of the images (or of another kind) of this forward, in prompt order."""
+        self._history.record(selections, kind)
+
+    def arrange(self, **placeholders: Tensor) -> None:
+        """Put the latest selections of several kinds into prompt order.
+
+        Args:
+            placeholders: By kind, the prompt's placeholder tokens, [B, S] bool; an image or video has
+                one for each token that it keeps.
+        """
+        latest = self._history.latest
+        if torch.compiler.is_compiling() or len(latest) < 2:
+            return
+        found = []
+        for kind, mask_BS in placeholders.items():
+            sizes = [entry.dominant.numel() + entry.contextual.numel() for entry in latest.get(kind, ())]
+            copies, odd = divmod(int(mask_BS.sum()), max(1, sum(sizes)))  # beams repeat each prompt
+            if odd:
+                return  # features of an earlier forward, passed in by the caller
+            if copies:
+                places = mask_BS[::copies].flatten().nonzero()[:, 0].tolist()
+                starts = accumulate(sizes[:-1], initial=0)
+                found += [(places[i], entry) for i, entry in zip(starts, latest[kind], strict=True)]
+        self._history.last = tuple(entry for _, entry in sorted(found, key=lambda pair: pair[0]))
 
     @property
     def last(self) -> tuple[Selection, ...]:
@@ -105,10 +127,17 @@ class _History:
     def __reduce__(self) -> tuple[Any, ...]:
         return _History, ()
 
-    def record(self, selections: list[Selection]) -> None:
+    def record(self, selections: list[Selection], kind: str) -> None:
         self._compiled = torch.compiler.is_compiling()
         if not self._compiled:
-            self._local.last = tuple(selections)
+            self.last = tuple(selections)
+            self._local.latest = self.latest | {kind: self.last}
+
+    @property
+    def latest(self) -> dict[str, tuple[Selection, ...]]:
+        """By kind, the latest selections."""
+        latest: dict[str, tuple[Selection, ...]] = getattr(self._local, "latest", {})
+        return latest
 
     @property
     def last(self) -> tuple[Selection, ...]:
@@ -119,6 +148,10 @@ class _History:
             )
         last: tuple[Selection, ...] = getattr(self._local, "last", ())
         return last
+
+    @last.setter
+    def last(self, selections: tuple[Selection, ...]) -> None:
+        self._local.last = selections
 
 
 def selections_of(out: ZipOutput | None, grid: Grid, views: list[int]) -> list[Selection]:
