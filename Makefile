@@ -31,7 +31,7 @@ wheel: .venv/ready  ## Build dist/*.whl
 	.venv/bin/python -m build --wheel --no-isolation --outdir dist .
 
 test-families: .venv-families/ready  ## The tests of families whose processors need torchvision
-	.venv-families/bin/python $(PYTEST) -m torchvision tests
+	.venv-families/bin/python $(PYTEST) -m needs_torchvision tests
 
 test-newest: .venv-newest/ready  ## All tests again, on the newest transformers 5
 	.venv-newest/bin/python $(PYTEST) tests
