@@ -10,7 +10,7 @@ export OMP_NUM_THREADS = 1
 export HF_HUB_OFFLINE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help test lint format wheel test-families test-newest clean
+.PHONY: help test lint format docs wheel test-families test-newest clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -26,6 +26,9 @@ lint: .venv/ready  ## ruff and a strict mypy
 format: .venv/ready  ## Rewrite the code as `make lint` wants it, as far as ruff can
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
+
+docs: .venv/ready  ## Rewrite the tables of families and methods in docs/
+	.venv/bin/python scripts/docs_tables.py
 
 wheel: .venv/ready  ## Build dist/*.whl
 	.venv/bin/python -m build --wheel --no-isolation --outdir dist .
