@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -30,7 +31,8 @@ class Reading:
     """What one forward of a compressed model leaves on its way.
 
     Attributes:
-        records: Scores [B, N] and keys [B, N, d], float32, one pair a call of the tapped layer.
+        records: Scores [B, N] and keys [B, N, d], float32, one pair a call of the tapped layer; one
+            a packed sequence, if the layer packs several.
         zipped: The compression step's output, once it has run.
     """
 
@@ -168,13 +170,21 @@ def _capture(
 ) -> tuple[Tensor, Tensor | None]:
     """The attention function of a tapped layer: note scores and keys, then attend as configured."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    module._vlmzip_tap.note(query, key, scale, attention_mask)
+    for part in _sequences(kwargs.get("cu_seq_lens_q")):
+        module._vlmzip_tap.note(query[:, :, part], key[:, :, part], scale, attention_mask)
     config = module.config._vlmzip_encoder_config
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, _eager(module))
     result: tuple[Tensor, Tensor | None] = attend(
         _AsEncoder(module, config), query, key, value, attention_mask, scaling=scaling, **kwargs
     )
     return result
+
+
+def _sequences(bounds: Tensor | None) -> list[slice]:
+    """The sequences that one call packs: FlashAttention gets all at once, with their boundaries."""
+    if bounds is None:
+        return [slice(None)]
+    return [slice(start, end) for start, end in pairwise(bounds.tolist())]
 
 
 def _eager(module: nn.Module) -> Callable[..., Any] | None:

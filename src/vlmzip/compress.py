@@ -51,6 +51,7 @@ def compress(model: Any, processor: Any, method: Method | None = None) -> "Compr
     try:
         state.patches.set(model.base_model, "_vlmzip", state)
         family.attach(model.base_model, state)
+        family.attach_generation(model, state)
     except Exception:
         state.patches.undo()
         raise

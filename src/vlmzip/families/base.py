@@ -70,6 +70,9 @@ class Family(ABC):
     def attach(self, base: PreTrainedModel, state: Attachment) -> None:
         """Fit ``state`` to the model's base model (``model.base_model``), through ``state.patches``."""
 
+    def attach_generation(self, model: PreTrainedModel, state: Attachment) -> None:  # noqa: B027
+        """Fit ``state`` to what generate() asks of the whole model; most families need nothing."""
+
     @abstractmethod
     def image_tokens(self, method: Method, stock: int, image_inputs: Any, index: int) -> int:
         """Placeholders of image ``index`` of a processed batch; ``stock`` without compression.
@@ -138,8 +141,13 @@ def explain_mismatch(self: Any, *args: Any, **kwargs: Any) -> Any:
     try:
         return stock(self, *args, **kwargs)
     except ValueError as error:
-        raise ValueError(
-            f"{error}. This model is compressed with {self._vlmzip.method.settings()}; the prompt was "
-            "not made by the processor that was compressed with it. Pass that to compress(model, "
-            "processor, method), or write one placeholder for each kept token"
-        ) from error
+        raise ValueError(f"{error}. {foreign_prompt(self._vlmzip.method)}") from error
+
+
+def foreign_prompt(method: Method) -> str:
+    """What to tell someone whose prompt has other counts of placeholders than images have tokens."""
+    return (
+        f"This model is compressed with {method.settings()}; the prompt was not made by the processor "
+        "that was compressed with it. Pass that to compress(model, processor, method), or write one "
+        "placeholder for each kept token"
+    )
