@@ -1,0 +1,34 @@
+"""Reading code blocks, tables and links out of the project's Markdown files."""
+
+import re
+import textwrap
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+HUB_NAME = "llava-hf/llava-1.5-7b-hf"
+
+_FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\w*)\n(?P<code>.*?)^(?P=indent)```$", re.M | re.S)
+_LINK = re.compile(r"\]\((?!https?:)([^)\s]*)\)")
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    """The code blocks of a language, in order, without their indentation."""
+    found = _FENCE.finditer(path.read_text())
+    return [textwrap.dedent(block["code"]) for block in found if block["language"] == language]
+
+
+def commands(path: Path) -> list[str]:
+    """The commands of the shell blocks, in order, without comments, continued lines joined."""
+    lines = "\n".join(blocks(path, "sh")).replace("\\\n", " ").splitlines()
+    return [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
+
+
+def links(path: Path) -> list[str]:
+    """Targets of the links that stay inside the project."""
+    return _LINK.findall(path.read_text())
+
+
+def anchors(path: Path) -> set[str]:
+    """The names that its headings can be linked by."""
+    heads = re.findall(r"^#+ (.*)$", _FENCE.sub("", path.read_text()), re.M)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
