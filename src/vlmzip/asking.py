@@ -1,0 +1,111 @@
+"""Asking a model about an image: the prompt, the answer, and the time to the first token."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+
+
+def prompt_for(processor: Any, question: str) -> str:
+    """The prompt for one image: by the processor's chat template, else as LLaVA-1.5 wants it.
+
+    Raises:
+        ValueError: The question is empty or holds the image placeholder itself.
+    """
+    if not question.strip():
+        raise ValueError("the question is empty; ask something about the image")
+    if processor.image_token in question:
+        raise ValueError(
+            f"the question holds the image placeholder {processor.image_token}; leave it out"
+        )
+    if processor.chat_template is None:
+        return f"USER: {processor.image_token}\n{question} ASSISTANT:"
+    content = [{"type": "image"}, {"type": "text", "text": question}]
+    prompt: str = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True
+    )
+    return prompt
+
+
+def prepare(processor: Any, image: Image.Image, prompt: str, model: Any) -> Any:
+    """The model's inputs, on its device, pixels in its dtype."""
+    bos = processor.tokenizer.bos_token
+    templated = bos is not None and prompt.startswith(bos)  # the tokenizer would add a second one
+    inputs = processor(
+        images=[image], text=[prompt], return_tensors="pt", add_special_tokens=not templated
+    )
+    return inputs.to(model.device, model.dtype)
+
+
+def check_length(model: Any, inputs: Any, max_new_tokens: int) -> None:
+    """Refuse a prompt that does not fit the model's context together with its answer.
+
+    Raises:
+        ValueError: It does not fit.
+    """
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    prompt = inputs["input_ids"].shape[1]
+    if limit is not None and prompt + max_new_tokens > limit:
+        raise ValueError(
+            f"the prompt has {prompt} tokens and the answer may have {max_new_tokens}, more than the "
+            f"model's context of {limit}; shorten the question or lower --max-new-tokens"
+        )
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer, and what it took.
+
+    Attributes:
+        text: Greedy decoding, special tokens left out.
+        new_tokens: Tokens that were generated.
+        prompt_tokens: Tokens of the prompt, image tokens among them.
+        image_tokens: Image tokens of the prompt.
+    """
+
+    text: str
+    new_tokens: int
+    prompt_tokens: int
+    image_tokens: int
+
+
+def generate(model: Any, processor: Any, inputs: Any, max_new_tokens: int) -> Answer:
+    """Answer greedily.
+
+    Raises:
+        ValueError: The model gave NaN or infinite logits.
+    """
+    out = model.generate(
+        **inputs,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    if not all(logits.isfinite().all() for logits in out.logits):
+        raise ValueError("the model gave NaN or infinite logits; check its weights and --dtype")
+    prompt = inputs["input_ids"]
+    new = out.sequences[0, prompt.shape[1] :]
+    return Answer(
+        text=processor.decode(new, skip_special_tokens=True).strip(),
+        new_tokens=len(new),
+        prompt_tokens=prompt.shape[1],
+        image_tokens=int((prompt == model.config.image_token_id).sum()),
+    )
+
+
+def time_first_token(model: Any, inputs: Any) -> float:
+    """Milliseconds from the processor's output to the first token: vision tower and LLM prefill."""
+    _wait(model)
+    start = time.perf_counter()
+    model.generate(**inputs, max_new_tokens=1, do_sample=False)
+    _wait(model)
+    return 1000 * (time.perf_counter() - start)
+
+
+def _wait(model: Any) -> None:
+    """Let the device finish what was queued."""
+    if model.device.type != "cpu":
+        getattr(torch, model.device.type).synchronize()
