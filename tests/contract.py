@@ -162,16 +162,22 @@ def embedded_logits(
     model: Any, inputs: dict[str, Any], features: list[Tensor], positions: Tensor | None = None
 ) -> Tensor:
     """[B, T, V]: features put into the prompt's embeddings by hand, the stock LLM run on them."""
-    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    mask = inputs["attention_mask"]
+    embeds = embedded(model, inputs["input_ids"], features)
+    if positions is None:
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    out = model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False)
+    return out.logits
+
+
+def embedded(model: Any, ids: Tensor, features: list[Tensor]) -> Tensor:
+    """[B, T, D]: the prompt's embeddings, with features at its placeholders."""
     embeds = model.get_input_embeddings()(ids).clone()
     wanted = placeholders(model, ids)
     rows = torch.cat(features) if features else embeds[:0, 0]
     assert wanted.sum() == len(rows), f"{int(wanted.sum())} placeholders, {len(rows)} features"
     embeds[wanted] = rows.to(embeds.dtype)
-    if positions is None:
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    out = model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False)
-    return out.logits
+    return embeds
 
 
 def placeholders(model: Any, ids: Tensor) -> Tensor:
