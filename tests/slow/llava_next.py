@@ -54,14 +54,16 @@ def zip_pixels(model: Any, pixels: Tensor, method: Any) -> Any:
     """One view [3, H, W]."""
     tower, config = model.model.vision_tower, model.config
     states, attentions = run_tower(tower, pixels[None])
-    chosen = list(range(len(states)))[config.vision_feature_layer]
+    layers = config.vision_feature_layer
+    listed = layers if isinstance(layers, (list, tuple)) else [layers]
+    chosen = max(range(len(states))[layer] for layer in listed)
     block = tower.encoder.layers[chosen - 1]
     with torch.no_grad():
         keys_ND = block.self_attn.k_proj(block.layer_norm1(states[chosen - 1]))[0]
     keys_HNd = keys_ND.unflatten(-1, (block.self_attn.num_heads, -1)).transpose(0, 1)
     return zip_view(
         method,
-        states[chosen][0],
+        torch.cat([states[layer][0] for layer in listed], -1),
         attentions[chosen - 1][0],
         keys_HNd,
         has_cls(model),
