@@ -87,7 +87,7 @@ def stopwatches(model: LlavaForConditionalGeneration, clock: Clock) -> Iterator[
     note, zip_views = Tap.note, Attachment.zip_views
     try:
         for name, module in parts.items():
-            module.forward = timed(clock, name, module.forward)  # type: ignore[method-assign]
+            module.forward = timed(clock, name, module.forward)
         Tap.note = timed(clock, "scores and keys", note)  # type: ignore[method-assign]
         Attachment.zip_views = timed(clock, "select and merge", zip_views)  # type: ignore[method-assign]
         yield

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vlmzip.compress import Compressed, compress
+    from vlmzip.compress_tower import CompressedTower, compress_tower
     from vlmzip.errors import UnsupportedModelError
     from vlmzip.families import families
     from vlmzip.merging import ZipOutput, zip_tokens
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 # should not.
 _HOMES = {
     "Compressed": "vlmzip.compress",
+    "CompressedTower": "vlmzip.compress_tower",
     "Method": "vlmzip.methods",
     "Random": "vlmzip.methods.random",
     "Uniform": "vlmzip.methods.uniform",
@@ -29,6 +31,7 @@ _HOMES = {
     "VisionZip": "vlmzip.methods.visionzip",
     "ZipOutput": "vlmzip.merging",
     "compress": "vlmzip.compress",
+    "compress_tower": "vlmzip.compress_tower",
     "families": "vlmzip.families",
     "load_tiny": "vlmzip.tiny",
     "methods": "vlmzip.methods",
@@ -38,6 +41,7 @@ _HOMES = {
 
 __all__ = [
     "Compressed",
+    "CompressedTower",
     "Method",
     "Random",
     "Uniform",
@@ -45,6 +49,7 @@ __all__ = [
     "VisionZip",
     "ZipOutput",
     "compress",
+    "compress_tower",
     "families",
     "load_tiny",
     "methods",

@@ -34,9 +34,11 @@ class Reading:
         records: Scores [B, N] and keys [B, N, d], float32, one pair a call of the tapped layer; one
             a packed sequence, if the layer packs several.
         zipped: The compression step's output, once it has run.
+        valid: Which tokens are no padding, [B, N] bool; None if all are.
     """
 
     def __init__(self) -> None:
+        self.valid: Tensor | None = None
         self.records: list[tuple[Tensor, Tensor]] = []
         self.zipped: ZipOutput | None = None
 
@@ -99,6 +101,8 @@ class Tap:
         reading = self.reading
         if reading is None:
             return
+        if reading.valid is not None:  # encoders mask padding as keys only, not as queries
+            mask = reading.valid[:, None, None, :] & reading.valid[:, None, :, None]
         with torch.no_grad():
             if self.cls_token:
                 scores = cls_attention(query, key, scale, mask)

@@ -17,6 +17,7 @@ _HAS_CLS = {"clip_vision_model": True, "siglip_vision_model": False}
 _REFUSED = {
     "pixtral": "it packs images of any size into one sequence, so an image has no fixed number of "
     "tokens to keep a budget of",
+    "siglip2_vision_model": "its images have any number of patches; compress_tower() takes it on its own",
 }
 
 
@@ -55,7 +56,16 @@ class Tower:
                 f"a {vision.model_type!r} vision tower cannot be compressed: {reason}. "
                 f"Supported towers: {', '.join(_HAS_CLS)}"
             )
-        depth = vision.num_hidden_layers
+        side = vision.image_size // vision.patch_size
+        return cls.reading((side, side), _HAS_CLS[vision.model_type], vision.num_hidden_layers, layer)
+
+    @classmethod
+    def reading(cls, grid: Grid, cls_token: bool, depth: int, layer: Any) -> Self:
+        """A tower of ``depth`` blocks that is read at ``layer``.
+
+        Raises:
+            UnsupportedModelError: ``layer`` names no block.
+        """
         layer = feature_layer(layer)
         listed = layer if isinstance(layer, tuple) else (layer,)
         if not listed or not all(-depth - 1 <= index <= depth for index in listed):
@@ -68,8 +78,7 @@ class Tower:
             raise UnsupportedModelError(
                 f"vision_feature_layer={layer} is the embedding: no attention was paid yet"
             )
-        side = vision.image_size // vision.patch_size
-        return cls((side, side), _HAS_CLS[vision.model_type], layer, block)
+        return cls(grid, cls_token, layer, block)
 
     @property
     def patches(self) -> int:
