@@ -65,7 +65,9 @@ class CompressedTower:
         self._spec = spec
         self._tower = tower
         self._packed = packed
-        self._state = Attachment(self, method, cls_token=spec.cls_token, views=1, dynamic=packed)
+        self._state: Attachment = Attachment(
+            self, method, cls_token=spec.cls_token, views=1, dynamic=packed
+        )
         self._state.patches.set(tower, "_vlmzip", self._state)
         spec.attach(tower, self._state)
 
