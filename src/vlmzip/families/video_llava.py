@@ -11,16 +11,15 @@ from transformers.processing_utils import ProcessorMixin
 
 from vlmzip.attachment import Attachment, selections_of
 from vlmzip.errors import UnsupportedModelError
-from vlmzip.families.base import Card, Family, explain_mismatch, register
-from vlmzip.families.llava import check_strategy
-from vlmzip.merging import Order
+from vlmzip.families.base import Card, explain_mismatch, register
+from vlmzip.families.llava import Llava, check_strategy
 from vlmzip.methods.base import Method
 from vlmzip.towers import Tower
 
 
 @register
 @dataclass(frozen=True)
-class VideoLlava(Family):
+class VideoLlava(Llava):
     """K tokens an image and K a frame, compressed between a tower's layer -2 and the projector.
 
     The paper keeps 136 of a video's 8 x 257 tokens and does not say how it splits the 17 a frame;
@@ -28,12 +27,8 @@ class VideoLlava(Family):
     are plain CLIP towers in transformers: frames do not attend to each other.
     """
 
-    tower: Tower
-    stock_tokens: int
-
     name: ClassVar[str] = "video_llava"
     processor_class: ClassVar[str] = "VideoLlavaProcessor"
-    order: ClassVar[Order] = "grouped"
     card: ClassVar[Card] = Card(
         models="Video-LLaVA",
         tower="CLIP-like, one for images and one for videos (CLS sent on)",
@@ -63,8 +58,7 @@ class VideoLlava(Family):
                 f"total_tokens={method.total_tokens} is a budget for images that are cut into crops; a "
                 "video_llava budget counts per image and per frame: give tokens= (17 for 8 frames in 136)"
             )
-        self._count(method)
-        return Attachment(self, method, cls_token=True, views=1, dynamic=False)
+        return super().attachment(method)
 
     def attach(self, base: PreTrainedModel, state: Attachment) -> None:
         """Tap both towers, keep CLS, compress what reaches the projector that they share."""
@@ -74,19 +68,6 @@ class VideoLlava(Family):
         state.patches.set_method(base, "get_video_features", _get_video_features)
         state.patches.set_method(base, "get_placeholder_mask", _get_placeholder_mask)
         self.tower.compress_before(base.multi_modal_projector, state)
-
-    def image_tokens(self, method: Method, stock: int, image_inputs: Any, index: int) -> int:
-        """K, for every image."""
-        return self.sized_image_tokens(method, stock, (0, 0))
-
-    def sized_image_tokens(self, method: Method, stock: int, size: tuple[int, int]) -> int:
-        """K, whatever the size."""
-        if stock != self.stock_tokens:
-            raise ValueError(
-                f"the processor makes {stock} image tokens where this model has {self.stock_tokens}: "
-                "its patch size, image size or vision_feature_select_strategy is another model's"
-            )
-        return self._count(method)
 
     def video_tokens(self, method: Method, stock: int, video_inputs: Any, index: int) -> int:
         """K times the frames of the video."""
@@ -123,9 +104,6 @@ class VideoLlava(Family):
             raise ValueError(f"the processor cannot process a video: {error}") from error
         stock = [int(token) for token in inputs["input_ids"][0]].count(config.video_token_id)
         self.video_tokens(method, stock, inputs, 0)
-
-    def _count(self, method: Method) -> int:
-        return method.budget.count(self.tower.tokens(method.send_cls))
 
 
 @functools.wraps(VideoLlavaModel.get_image_features)
