@@ -2,7 +2,7 @@
 
 PYTHON ?= python3.11
 JOBS ?= 2
-PYTEST = -m pytest -n $(JOBS) $(ARGS)
+PYTEST = -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
 
 # The tests measure nothing by the clock, so one thread a process keeps $(JOBS) of them out of each
 # other's way. No test may reach a model hub.

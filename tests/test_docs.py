@@ -1,5 +1,6 @@
 """What the documentation says is so: code blocks run, commands parse, tables and links are right."""
 
+import functools
 import importlib.util
 import inspect
 import re
@@ -129,11 +130,9 @@ def test_the_commands_of_the_readme_run(monkeypatch: pytest.MonkeyPatch) -> None
 
 def run_program(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", words)
+    module = functools.partial(runpy.run_module, words[0], run_name="__main__", alter_sys=True)
     with pytest.raises(SystemExit) as end:
-        if words[0] == "vlmzip":
-            main()
-        else:
-            runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+        (main if words[0] == "vlmzip" else module)()
     assert not end.value.code, words
 
 
