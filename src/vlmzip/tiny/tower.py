@@ -1,0 +1,125 @@
+"""First stage: the vision tower learns images, from captions and from labels of its patches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+
+from .labels import GRID, HEADS, IGNORE
+from .scenes import PATCH, SIZE
+
+__all__ = ["TowerLesson", "build_tower", "pixels"]
+
+WIDTH, LAYERS, HEADS_OF_ATTENTION, MLP = 128, 6, 4, 512
+FEATURE_LAYER = -2
+# How much each of the dense tasks weighs beside the contrastive one.
+_WEIGHTS = {"kind": 2.0, "own_column": 0.1, "own_row": 0.1, "column": 0.5, "row": 0.5, "rank": 0.5}
+
+
+def build_tower(name: str) -> nn.Module:
+    """A fresh tower: CLIP with a CLS token for tiny-llava, SigLIP without for tiny-siglip."""
+    shape: dict[str, Any] = {
+        "hidden_size": WIDTH, "intermediate_size": MLP, "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS_OF_ATTENTION, "image_size": SIZE, "patch_size": PATCH,
+    }  # fmt: skip
+    if name == "tiny-llava":
+        tower = CLIPVisionModel(CLIPVisionConfig(hidden_act="gelu", projection_dim=WIDTH, **shape))
+    else:
+        tower = SiglipVisionModel(SiglipVisionConfig(**shape))
+    places = tower.embeddings.position_embedding.weight
+    with torch.no_grad():
+        places[-(GRID * GRID) :] = 0.5 * waves(GRID, WIDTH)
+        nn.init.normal_(tower.embeddings.patch_embedding.weight, std=(3 * PATCH**2) ** -0.5)
+    return tower
+
+
+def waves(grid: int, width: int) -> torch.Tensor:
+    """Sines and cosines of row and column [grid * grid, width]: where position embeddings start.
+
+    From random ones a tower needs thousands of images to find out which patches are neighbours.
+    """
+    frequency = 0.05 ** torch.linspace(0, 1, width // 4)
+    along = torch.arange(grid)[:, None] * frequency
+    code = torch.cat([along.sin(), along.cos()], dim=1)
+    rows = code[:, None].expand(grid, grid, -1)
+    columns = code[None].expand(grid, grid, -1)
+    return torch.cat([rows, columns], dim=-1).reshape(grid * grid, width)
+
+
+def pixels(images_BHWC: torch.Tensor) -> torch.Tensor:
+    """uint8 [B, 96, 96, 3] to the floats [B, 3, 96, 96] in -1..1 that the processors give."""
+    return images_BHWC.permute(0, 3, 1, 2).float() / 127.5 - 1.0
+
+
+class TowerLesson(nn.Module):
+    """A tower with what teaches it: a text tower for captions and linear heads for patches."""
+
+    def __init__(self, name: str, vocabulary: int, longest: int = 40) -> None:
+        super().__init__()
+        self.tower = build_tower(name)
+        self.cls = name == "tiny-llava"
+        self.words = nn.Embedding(vocabulary, WIDTH)
+        self.places = nn.Parameter(torch.randn(longest, WIDTH) * 0.02)
+        nn.init.normal_(self.words.weight, std=0.02)
+        layer = nn.TransformerEncoderLayer(
+            WIDTH, 4, 2 * WIDTH, dropout=0.0, batch_first=True, norm_first=True, activation="gelu"
+        )
+        self.reader = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.image_side = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.text_side = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.scale = nn.Parameter(torch.tensor(2.66))
+        self.bias = nn.Parameter(torch.tensor(-4.0))
+        self.norm = nn.LayerNorm(WIDTH)
+        self.heads = nn.Linear(WIDTH, sum(HEADS.values()))
+
+    def losses(
+        self, images: torch.Tensor, labels: torch.Tensor, captions: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """Each task's loss; images uint8 [B,96,96,3], labels [B,heads,144], captions [B,T] padded with -1."""
+        seen = self.tower(pixels(images), output_hidden_states=True)
+        scores = self._label(seen.hidden_states[FEATURE_LAYER]).split(list(HEADS.values()), dim=-1)
+        result = {"caption": self.contrast(seen.pooler_output, captions)}
+        for i, (name, score) in enumerate(zip(HEADS, scores, strict=True)):
+            target = labels[:, i].reshape(-1).long()
+            known = target != IGNORE
+            if known.any():
+                result[name] = F.cross_entropy(score.flatten(0, 1)[known], target[known])
+        return result
+
+    def patch_scores(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits [B, 144, sum(HEADS)] of the dense tasks for uint8 images [B, 96, 96, 3]."""
+        seen = self.tower(pixels(images), output_hidden_states=True)
+        return self._label(seen.hidden_states[FEATURE_LAYER])
+
+    def _label(self, hidden_BND: torch.Tensor) -> torch.Tensor:
+        patches_BND = hidden_BND[:, 1:] if self.cls else hidden_BND
+        return self.heads(self.norm(patches_BND))
+
+    def contrast(self, pooled_BD: torch.Tensor, captions: torch.Tensor) -> torch.Tensor:
+        """CLIP's softmax loss for the CLIP tower, SigLIP's sigmoid loss for the SigLIP tower."""
+        blank = captions < 0
+        words = self.words(captions.clamp(min=0)) + self.places[: captions.shape[1]]
+        read = self.reader(words, src_key_padding_mask=blank)
+        read = (read * ~blank[..., None]).sum(1) / (~blank).sum(1, keepdim=True)
+        image = F.normalize(self.image_side(pooled_BD), dim=-1)
+        text = F.normalize(self.text_side(read), dim=-1)
+        logits = image @ text.T * self.scale.exp().clamp(max=100)
+        if self.cls:
+            target = torch.arange(len(logits))
+            return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        sign = 2 * torch.eye(len(logits)) - 1
+        return -F.logsigmoid(sign * (logits + self.bias)).sum() / len(logits)
+
+    @staticmethod
+    def total(losses: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The weighted sum that is minimised."""
+        return torch.stack([_WEIGHTS.get(k, 1.0) * v for k, v in losses.items()]).sum()

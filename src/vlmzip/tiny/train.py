@@ -1,0 +1,206 @@
+"""Train an embedded model from nothing: ``python -m vlmzip.tiny.train tiny-llava``.
+
+Two stages, as the real ones: the tower learns images, then it is frozen and projector and LLM learn
+questions on all of its patches (layer -2). Stopped runs go on where they were when called again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+import typer
+from rich.progress import Progress, track
+from torch import nn
+from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
+
+from . import NAMES
+from .accuracy import accuracy_table
+from .checkpoint import build_model, build_processor, copy_tower, save_checkpoint
+from .dialogues import SILENT, DialogueWriter, images_per_prompt
+from .labels import HEADS, IGNORE, LabelledImages, rendered_split, scene_of
+from .language import build_tokenizer
+from .muon import optimisers
+from .questions import caption
+from .scenes import SHAPES
+from .stage import Figures, Log, run_stage
+from .testset import test_questions
+from .tower import FEATURE_LAYER, TowerLesson, pixels
+
+__all__ = ["Recipe", "train"]
+
+_BACKGROUND = len(SHAPES) + 1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Every number of the training."""
+
+    tower_images: int = 30_000
+    tower_steps: int = 950
+    tower_batch: int = 24
+    tower_rates: tuple[float, float] = (3e-3, 2e-3)  # Muon's and AdamW's
+    lesson_images: int = 12_000
+    lesson_steps: int = 2_500
+    lesson_batch: int = 16
+    lesson_rates: tuple[float, float] = (2e-3, 2e-3)
+    check_every: int = 50
+    seed: int = 0
+
+
+def train(name: str, recipe: Recipe, folder: Path, data: Path) -> LlavaForConditionalGeneration:
+    """Train (or go on training) one model; checkpoints and the log go to folder, scenes to data."""
+    torch.manual_seed(recipe.seed)
+    tokenizer = build_tokenizer()
+    lesson = train_tower(name, recipe, tokenizer, folder, data)
+    model = build_model(name, tokenizer)
+    copy_tower(lesson.tower, model)
+    teach_questions(model, recipe, tokenizer, folder, data)
+    return model.eval()
+
+
+def train_tower(
+    name: str, recipe: Recipe, tokenizer: PreTrainedTokenizerFast, folder: Path, data: Path
+) -> TowerLesson:
+    """First stage: captions and patch labels."""
+    images = _rendered("pretraining", recipe.tower_images, data)
+    held_out = _rendered("validation", 100, data)
+    captions = _captions(tokenizer, recipe.tower_images)
+    lesson = TowerLesson(name, len(tokenizer))
+
+    def loss_at(step: int) -> torch.Tensor:
+        rng = np.random.default_rng([recipe.seed, 10, step])
+        rows = np.sort(rng.choice(recipe.tower_images, recipe.tower_batch, replace=False))
+        return lesson.total(
+            lesson.losses(
+                torch.from_numpy(images.images[rows]),
+                torch.from_numpy(images.labels[rows]),
+                torch.from_numpy(captions[rows]).long(),
+            )
+        )
+
+    run_stage(
+        "tower", lesson,
+        optimisers(lesson.tower.encoder, lesson, *recipe.tower_rates),
+        recipe.tower_steps, loss_at, folder,
+        check=lambda: {"patches": patch_accuracy(lesson, held_out)}, every=recipe.check_every,
+    )  # fmt: skip
+    return lesson.eval().requires_grad_(False)
+
+
+def _rendered(split: str, count: int, data: Path) -> LabelledImages:
+    with Progress() as progress:
+        bar = progress.add_task(f"{split} scenes", total=count)
+        return rendered_split(split, count, data, lambda done: progress.update(bar, completed=done))
+
+
+@torch.no_grad()
+def patch_accuracy(lesson: TowerLesson, held_out: LabelledImages, count: int = 100) -> Figures:
+    """The share of held-out patches that every dense head labels rightly (objects only for kind)."""
+    images = torch.from_numpy(held_out.images[:count])
+    labels = torch.from_numpy(held_out.labels[:count]).long()
+    scores = torch.cat([lesson.patch_scores(part) for part in images.split(50)])
+    result = {}
+    for i, (head, score) in enumerate(zip(HEADS, scores.split(list(HEADS.values()), -1), strict=True)):
+        target = labels[:, i]
+        known = (target != IGNORE) & (target != (_BACKGROUND if head == "kind" else IGNORE))
+        if known.any():
+            result[head] = round(float((score.argmax(-1) == target)[known].float().mean()), 4)
+    return result
+
+
+def _captions(tokenizer: PreTrainedTokenizerFast, count: int) -> npt.NDArray[np.int16]:
+    rows = np.full((count, 40), -1, np.int16)
+    for i in track(range(count), description="captions"):
+        text = caption(scene_of("pretraining", i), np.random.default_rng([9, i]))
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        rows[i, : len(ids)] = ids
+    return rows
+
+
+def teach_questions(
+    model: LlavaForConditionalGeneration,
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerFast,
+    folder: Path,
+    data: Path,
+) -> None:
+    """Second stage: projector and LLM on the frozen tower's features, which are computed once."""
+    images = _rendered("train", recipe.lesson_images, data).images
+    features = tower_features(model, images)
+    scenes = [scene_of("train", i) for i in range(recipe.lesson_images)]
+    writer = DialogueWriter(tokenizer)
+    taught = nn.ModuleList([model.model.language_model, model.model.multi_modal_projector])
+
+    def loss_at(step: int) -> torch.Tensor:
+        rng = np.random.default_rng([recipe.seed, 20, step])
+        per_prompt = images_per_prompt(rng)
+        rows = max(4, recipe.lesson_batch // per_prompt)
+        batch = writer.batch(scenes, rng.integers(len(scenes), size=(rows, per_prompt)), rng)
+        seen = features[torch.from_numpy(batch.images).flatten()].float()
+        scores, wanted = answer_scores(model, batch.input_ids, batch.labels, seen)
+        return F.cross_entropy(scores, wanted)
+
+    run_stage(
+        "questions", taught,
+        optimisers(model.model.language_model.layers, taught, *recipe.lesson_rates),
+        recipe.lesson_steps, loss_at, folder, check=dict, every=recipe.check_every,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def tower_features(model: LlavaForConditionalGeneration, images: npt.NDArray[np.uint8]) -> torch.Tensor:
+    """Layer -2 of the tower for uint8 images [n, 96, 96, 3]: [n, 144, D] float16, patches only."""
+    tower = model.model.vision_tower.eval()
+    first = 1 if model.config.vision_feature_select_strategy == "default" else 0
+    parts = []
+    for start in track(range(0, len(images), 50), description="features"):
+        batch = torch.from_numpy(images[start : start + 50])
+        seen = tower(pixels(batch), output_hidden_states=True).hidden_states[FEATURE_LAYER]
+        parts.append(seen[:, first:].half())
+    return torch.cat(parts)
+
+
+def answer_scores(
+    model: LlavaForConditionalGeneration,
+    input_ids: torch.Tensor,
+    labels: torch.Tensor,
+    features: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and targets at the answers only; features [images, 144, D] in prompt order."""
+    embeddings = model.get_input_embeddings()(input_ids)
+    here = (input_ids == model.config.image_token_id)[..., None]
+    embeddings = embeddings.masked_scatter(here, model.model.multi_modal_projector(features))
+    hidden = model.model.language_model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
+    wanted = labels[:, 1:]
+    known = wanted != SILENT
+    return model.lm_head(hidden[:, :-1][known]), wanted[known]
+
+
+def main(
+    name: Annotated[str, typer.Argument(help=f"One of: {', '.join(NAMES)}.")],
+    out: Annotated[Path, typer.Option(help="Where the finished checkpoint goes.")],
+    run: Annotated[Path | None, typer.Option(help="Folder of the run; runs/NAME by default.")] = None,
+    data: Annotated[Path, typer.Option(help="Folder of the rendered scenes.")] = Path("runs/data"),
+    threads: Annotated[int, typer.Option(help="Threads of torch.")] = 1,
+) -> None:
+    """Train one embedded model, measure it on the test set and write its checkpoint."""
+    if name not in NAMES:
+        raise typer.BadParameter(f"{name!r} is not one of: {', '.join(NAMES)}")
+    torch.set_num_threads(threads)
+    folder = run or Path("runs") / name
+    model = train(name, Recipe(), folder, data)
+    processor = build_processor(name, build_tokenizer())
+    save_checkpoint(model, processor, out)
+    table = accuracy_table(model, processor, test_questions())
+    Log(folder / "log.jsonl").write({"stage": "test", **table})
+    typer.echo(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)
