@@ -150,14 +150,15 @@ class Anyres:
         if shape[0] not in (views[index], max(views)) or tuple(shape[-2:]) != (self.side, self.side):
             raise ValueError(
                 f"the processor made views of shape {tuple(shape)} of the image, this model expects "
-                f"{views[index]} views of {self.side} x {self.side} pixels; leave image_grid_pinpoints, "
-                "size and crop_size as the processor has them"
+                f"{views[index]} views of {self.side} x {self.side} pixels: image_grid_pinpoints, size or "
+                "crop_size are another model's; leave them as this model's processor has them"
             )
 
 
 def size_pairs(sizes: Any) -> list[Size]:
     """Image sizes, a tensor or array [images, 2] or lists, as (height, width) pairs."""
-    return [(int(height), int(width)) for height, width in sizes]
+    rows = sizes.tolist() if hasattr(sizes, "tolist") else sizes
+    return [(int(height), int(width)) for height, width in rows]
 
 
 def crop_order(out: ZipOutput, crops: Grid, grid: Grid, cls_token: bool, order: Order) -> Tensor:
