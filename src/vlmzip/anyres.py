@@ -150,7 +150,7 @@ class Anyres:
         if shape[0] not in (views[index], max(views)) or tuple(shape[-2:]) != (self.side, self.side):
             raise ValueError(
                 f"the processor made views of shape {tuple(shape)} of the image, this model expects "
-                f"{views[index]} views of {self.side} x {self.side} pixels: image_grid_pinpoints, size or "
+                f"{views[index]} of {self.side} x {self.side} pixels: image_grid_pinpoints, size or "
                 "crop_size are another model's; leave them as this model's processor has them"
             )
 
