@@ -1,6 +1,7 @@
 """The command line: ``vlmzip VERB``. Each verb lives in its own file of ``commands/``."""
 
 import sys
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
@@ -18,12 +19,11 @@ _EXPECTED = (ValueError, TypeError, OSError, RuntimeError)
 class Verbs(TyperGroup):
     """The verbs, with one way to fail: a line on stderr and exit code 2."""
 
-    def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
+    def main(self, args: Sequence[str] | None = None, *rest: Any, **settings: Any) -> Any:
         """Run a verb. Errors end in ``error: ...`` and 2, Ctrl-C ends in 130."""
-        if not standalone_mode:
-            return super().main(*args, standalone_mode=False, **kwargs)
+        settings["standalone_mode"] = False
         try:
-            code = super().main(*args, standalone_mode=False, **kwargs)
+            code = super().main(args, *rest, **settings)
         except (KeyboardInterrupt, typer.Abort):
             code = 130
         except Exception as error:

@@ -26,7 +26,8 @@ def seen_views(
 
     Where the pixels are packed into patches, the whole image in the proportions of the token grid.
     """
-    pixels = np.asarray(inputs["pixel_values"].detach().float().cpu())
+    name = next(name for name in inputs if name.startswith("pixel_values"))
+    pixels = np.asarray(inputs[name].detach().float().cpu())
     if pixels.ndim in (4, 5) and pixels.shape[-3] == 3:
         flat = pixels.reshape(-1, *pixels.shape[-3:])[: len(selection.grid)]
         settings = processor.image_processor
@@ -64,7 +65,7 @@ def draw(
         handles=_legend(_Map(selection, 0)), loc="lower center", ncol=4, frameon=False, fontsize=11
     )
     figure.subplots_adjust(
-        left=0.01, right=0.955, bottom=0.5 / height, top=1 - 0.78 / height, wspace=0.05, hspace=0.12
+        left=0.01, right=0.95, bottom=0.5 / height, top=1 - 0.78 / height, wspace=0.05, hspace=0.12
     )
     figure.savefig(out, dpi=110)
 
@@ -76,7 +77,7 @@ class _Map:
         self.height, self.width = selection.grid[view]
         scores = selection.scores[view].cpu().numpy()
         self.cls = len(scores) - self.height * self.width  # 1 with a CLS token, which is first
-        self.scores = scores[self.cls :].reshape(self.height, self.width)
+        self.shares = len(scores) * scores[self.cls :].reshape(self.height, self.width)
         dominant = selection.dominant[view].cpu().numpy()
         targets = selection.contextual[view].cpu().numpy()
         assignment = selection.assignment[view].cpu().numpy()
@@ -106,8 +107,8 @@ def _draw_view(figure: Any, axes: Any, tokens: _Map, pixels: NDArray[np.uint8], 
         fontsize=11,
         color=_INK,
     )
-    heat = axes[2].imshow(tokens.scores, extent=box, cmap="magma", interpolation="nearest")
-    axes[2].set_title("score: attention received", fontsize=11, color=_INK)
+    heat = axes[2].imshow(tokens.shares, extent=box, cmap="magma", interpolation="nearest")
+    axes[2].set_title("score: attention, 1 = an even share", fontsize=11, color=_INK)
     axes[2].set_aspect("equal")
     corner = axes[2].inset_axes((1.02, 0.0, 0.035, 1.0))
     figure.colorbar(heat, cax=corner).ax.tick_params(labelsize=8)
@@ -175,8 +176,9 @@ def _legend(tokens: _Map) -> list[Any]:
         )
     ]
     if len(tokens.targets):
-        dot = {"marker": "o", "markersize": 9, "markeredgecolor": "white", "linestyle": "none"}
-        entries.append(Line2D([], [], color=colour, label="contextual target", **dot))
+        dot = Line2D([], [], color=colour, label="contextual target", linestyle="none", marker="o")
+        dot.set(markersize=9, markeredgecolor="white")
+        entries.append(dot)
         entries.append(Patch(facecolor=colour, alpha=0.7, label="merged into the target of that colour"))
     if (tokens.group == -2).any():
         entries.append(Patch(facecolor=_DROPPED, label="dropped"))

@@ -221,5 +221,9 @@ def _cell(value: str | int | float) -> str:
 
 def _describe(report: dict[str, Any]) -> str:
     name = report["method"]["method"]
-    settings = ", ".join(f"{key}={value}" for key, value in report["method"].items() if key != "method")
+    settings = ", ".join(
+        f"{key}={f'{value:.3g}' if isinstance(value, float) else value}"
+        for key, value in report["method"].items()
+        if key != "method"
+    )
     return f"{report['model']}, {report['dtype']} on {report['device']}, {name} {settings}"
