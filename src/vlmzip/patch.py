@@ -17,12 +17,12 @@ class Patches:
     """
 
     def __init__(self) -> None:
-        self._attributes: list[tuple[Any, str, Any]] = []
+        self._attributes: list[tuple[Any, str, Any, Any]] = []
         self._hooks: list[RemovableHandle] = []
 
     def set(self, target: Any, name: str, value: Any) -> None:
         """Set an instance attribute, noting what the instance had."""
-        self._attributes.append((target, name, vars(target).get(name, _ABSENT)))
+        self._attributes.append((target, name, vars(target).get(name, _ABSENT), value))
         object.__setattr__(target, name, value)
 
     def set_method(self, target: Any, name: str, function: Callable[..., Any]) -> None:
@@ -39,12 +39,14 @@ class Patches:
         self._hooks.append(module.register_forward_pre_hook(hook))
 
     def undo(self) -> None:
-        """Take everything back."""
+        """Take everything back that nobody has replaced since."""
         for handle in self._hooks:
             handle.remove()
-        for target, name, previous in reversed(self._attributes):
+        for target, name, previous, value in reversed(self._attributes):
             if name == "forward" and _moved_by_accelerate(target):
                 target._old_forward = target._vlmzip_forward
+            elif vars(target).get(name, _ABSENT) is not value:
+                continue  # accelerate, attached before us, was taken off before us
             elif previous is _ABSENT:
                 vars(target).pop(name, None)
             else:
