@@ -35,10 +35,12 @@ class Reading:
             a packed sequence, if the layer packs several.
         zipped: The compression step's output, once it has run.
         valid: Which tokens are no padding, [B, N] bool; None if all are.
+        late: Tokens are compressed at a later step than the projector's input.
     """
 
     def __init__(self) -> None:
         self.valid: Tensor | None = None
+        self.late = False
         self.records: list[tuple[Tensor, Tensor]] = []
         self.zipped: ZipOutput | None = None
 

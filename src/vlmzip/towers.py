@@ -125,7 +125,7 @@ def _compress_input(projector: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, .
     """Pre-hook of a projector: K tokens a view instead of N."""
     state: Attachment = projector._vlmzip
     reading = state.tap.reading
-    if reading is None:
+    if reading is None or reading.late:
         return None
     (hidden,) = args
     ((scores, keys),) = reading.take()
