@@ -136,20 +136,20 @@ def choose_targets(tokens: int, dominant: list[int], contextual: int) -> list[in
     return [rest[i * step] for i in range(contextual)]
 
 
-def cosine(a: list[float], b: list[float]) -> float:
-    """A vector of zeros is similar to nothing: 0."""
-    norm_a, norm_b = math.sqrt(sum(x * x for x in a)), math.sqrt(sum(x * x for x in b))
-    if norm_a == 0.0 or norm_b == 0.0:
-        return 0.0
-    return sum((x / norm_a) * (y / norm_b) for x, y in zip(a, b, strict=True))
+def unit(vector: list[float]) -> list[float]:
+    """Length 1. A vector of zeros stays zero, and so is similar to nothing."""
+    length = math.sqrt(sum(x * x for x in vector))
+    return [x / length for x in vector] if length > 0.0 else vector
 
 
-def similarities(keys: list[list[float]], targets: list[int], j: int) -> list[float]:
-    return [cosine(keys[j], keys[target]) for target in targets]
+def cosines(units: list[list[float]], targets: list[int], j: int) -> list[float]:
+    """Of token j with each target, the keys being of length 1."""
+    return [sum(x * y for x, y in zip(units[j], units[t], strict=True)) for t in targets]
 
 
 def choose_groups(keys: list[list[float]], dominant: list[int], targets: list[int]) -> list[int]:
     """For each token: the target it is merged into, itself if it stays, -1 if it is dropped."""
+    units = [unit(key) for key in keys]
     groups = []
     for j in range(len(keys)):
         if j in dominant or j in targets:
@@ -157,7 +157,7 @@ def choose_groups(keys: list[list[float]], dominant: list[int], targets: list[in
         elif not targets:
             groups.append(-1)
         else:
-            near = similarities(keys, targets, j)
+            near = cosines(units, targets, j)
             groups.append(targets[near.index(max(near))])
     return groups
 
@@ -345,7 +345,7 @@ def assert_same_zip(
         assert row >= 0, f"token {j} of image {b} was dropped"
         assert j not in kept, f"token {j} of image {b} stays, but was put into row {row}"
         assert kept[row] in targets, f"token {j} of image {b} went into a dominant token"
-        near = similarities(as_float64(keys[b]).tolist(), targets, j)
+        near = cosines([unit(key) for key in as_float64(keys[b]).tolist()], targets, j)
         short = max(near) - near[targets.index(kept[row])]
         assert short < 2e-6, f"token {j} of image {b} missed its nearest target by {short}"
     ref = zip_tokens(hidden, scores, keys, assignment=taken, **settings)
