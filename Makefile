@@ -10,7 +10,7 @@ export OMP_NUM_THREADS = 1
 export HF_HUB_OFFLINE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help test lint format docs wheel test-families test-newest clean
+.PHONY: help test lint format docs wheel test-families test-newest train-tiny clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -38,6 +38,12 @@ test-families: .venv-families/ready  ## The tests of families whose processors n
 
 test-newest: .venv-newest/ready  ## All tests again, on the newest transformers 5
 	.venv-newest/bin/python $(PYTEST) tests
+
+train-tiny: .venv/ready  ## Train the embedded models anew (long; goes on where it was stopped)
+	for name in tiny-llava tiny-siglip; do \
+		.venv/bin/python -m vlmzip.tiny.train $$name --out src/vlmzip/tiny/checkpoints/$$name \
+			|| exit 1; \
+	done
 
 clean:  ## Remove virtual environments, builds and caches
 	rm -rf .venv .venv-families .venv-newest dist build
