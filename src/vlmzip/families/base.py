@@ -104,13 +104,18 @@ class Family(ABC):
             ValueError: They cannot be.
         """
 
+    @classmethod
+    def processor_type(cls) -> Any:
+        """The class that ``processor_class`` names."""
+        return getattr(transformers, cls.processor_class)
+
     def check_processor(self, processor: ProcessorMixin, config: Any, method: Method) -> None:
         """Check, on a dummy image, that a processor fits this model.
 
         Raises:
             ValueError: It is another model's, or it cannot process an image.
         """
-        if not isinstance(processor, getattr(transformers, self.processor_class)):
+        if not isinstance(processor, self.processor_type()):
             raise ValueError(
                 f"a {self.name} model needs a {self.processor_class}, got "
                 f"{type(processor).__name__}: the processor is another model's"
