@@ -18,6 +18,10 @@ from vlmzip.errors import UnsupportedModelError
 from vlmzip.families import families, family_of
 from vlmzip.tiny import NAMES, tiny_path
 
+_PROCESSOR_FILES = {
+    "processor": ("processor_config.json", "preprocessor_config.json"),
+    "tokenizer": ("tokenizer.json", "tokenizer.model", "vocab.json"),
+}
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -43,15 +47,7 @@ def load(model: str, dtype: str = "auto", device: str = "auto") -> tuple[Any, An
     source = find_checkpoint(model)
     config = _load_config(source)
     processor = _load_processor(source)
-    with _explained("weights", source):
-        loaded, info = AutoModelForImageTextToText.from_pretrained(
-            source, config=config, dtype=dtype, output_loading_info=True
-        )
-    if missing := sorted(info["missing_keys"]):
-        raise ValueError(
-            f"the weights in {source} are incomplete: {len(missing)} are missing, {missing[0]} the first"
-        )
-    return loaded.eval().to(target), processor
+    return _load_model(source, config, dtype).eval().to(target), processor
 
 
 def find_checkpoint(model: str) -> str:
@@ -61,7 +57,7 @@ def find_checkpoint(model: str) -> str:
         ValueError: It is a file, a folder without config.json, or a path that does not exist.
     """
     path = Path(model).expanduser()
-    if path.is_dir():
+    if model and path.is_dir():
         if not (path / "config.json").is_file():
             raise ValueError(f"{path} holds no config.json, so it is not a checkpoint folder")
         return str(path)
@@ -73,7 +69,7 @@ def find_checkpoint(model: str) -> str:
                 "for a tiny random checkpoint to try run: python -m vlmzip.tiny.random llava FOLDER"
             )
         return str(embedded)
-    if path.exists():
+    if model and path.exists():
         raise ValueError(f"{path} is a file; give the checkpoint's folder")
     if not model or model[0] in "./~" or model.count("/") != 1:
         raise ValueError(
@@ -106,9 +102,9 @@ def _load_config(source: str) -> Any:
     """The config, of a family that can be compressed."""
     with _explained("config", source):
         raw, _ = PreTrainedConfig.get_config_dict(source)
-    if not raw:
-        raise ValueError(f"cannot load the config of {source}: there is none, or it cannot be reached")
-    model_type = raw.get("model_type")
+        if not isinstance(raw, dict):
+            raise ValueError("its config.json holds no JSON object")
+        model_type = raw.get("model_type")
     if model_type not in families():
         raise UnsupportedModelError(
             f"{source} is a model of type {model_type!r}, which is not supported; "
@@ -120,7 +116,30 @@ def _load_config(source: str) -> Any:
     return config
 
 
+def _load_model(source: str, config: Any, dtype: str) -> Any:
+    """The model; weights that the checkpoint lacks would be random numbers, so they are an error."""
+    with _explained("weights", source):
+        model, info = AutoModelForImageTextToText.from_pretrained(
+            source,
+            config=config,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+        if wrong := sorted(name for name, *_ in info["mismatched_keys"]):
+            raise ValueError(
+                f"{len(wrong)} have other shapes than config.json says, {wrong[0]} the first"
+            )
+        if missing := sorted(info["missing_keys"]):
+            raise ValueError(f"{len(missing)} are missing, {missing[0]} the first")
+    return model
+
+
 def _load_processor(source: str) -> Any:
+    if Path(source).is_dir():
+        for part, names in _PROCESSOR_FILES.items():
+            if not any((Path(source) / name).is_file() for name in names):
+                raise ValueError(f"{source} holds no {part}: none of {', '.join(names)}")
     with _explained("processor", source):
         processor = AutoProcessor.from_pretrained(source)
     if not isinstance(processor, ProcessorMixin):
@@ -137,4 +156,5 @@ def _explained(part: str, source: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise ValueError(f"cannot load the {part} of {source}: {error}") from error
+        reason = str(error) if " " in str(error) else repr(error)  # a KeyError's text is the key
+        raise ValueError(f"cannot load the {part} of {source}: {reason}") from error
