@@ -122,10 +122,11 @@ class MiniGeminiModel(LlavaModel):  # type: ignore[misc]
                 f"pixel_values_high must be {(images, 3, side, side)} for these pixel_values, "
                 f"got {found}; let a MiniGeminiProcessor make both"
             )
-        map_BCHW: Tensor = self.high_vision_tower(pixel_values_high)
+        map_BCHW: Any = self.high_vision_tower(pixel_values_high)
         split = (self.config.grid, -1)
         map_BCysxs = map_BCHW.unflatten(3, split).unflatten(2, split)
-        return map_BCysxs.permute(0, 2, 4, 3, 5, 1).flatten(3, 4).flatten(1, 2)
+        windows_BNWC: Tensor = map_BCysxs.permute(0, 2, 4, 3, 5, 1).flatten(3, 4).flatten(1, 2)
+        return windows_BNWC
 
     def forward(
         self,
