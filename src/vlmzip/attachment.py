@@ -55,7 +55,9 @@ class Attachment:
         self.dynamic = dynamic
         self._history = _History()
 
-    def zip_views(self, hidden: Tensor, scores: Tensor, keys: Tensor, grid: Grid) -> ZipOutput:
+    def zip_views(
+        self, hidden: Tensor, scores: Tensor, keys: Tensor, grid: Grid, pooled: bool = False
+    ) -> ZipOutput:
         """Compress a batch of equally large views.
 
         Args:
@@ -63,6 +65,7 @@ class Attachment:
             scores: [B, N] float32.
             keys: [B, N, d] float32.
             grid: (h, w) of the patches.
+            pooled: The tokens are pooled patches; the tower's CLS token, if any, is not among them.
 
         Returns:
             The method's output with the scores it was chosen by; without the CLS token, if the
@@ -73,7 +76,7 @@ class Attachment:
                 devices when they synchronise).
         """
         scores, keys = scores.to(hidden.device), keys.to(hidden.device)
-        cls_token = self.tap.cls_token
+        cls_token = self.tap.cls_token and not pooled
         if cls_token and not self.method.send_cls:
             hidden, scores, keys = hidden[:, 1:], scores[:, 1:], keys[:, 1:]
             cls_token = False

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self, TypeVar
 
+import numpy as np
 import torch
 import transformers
 from PIL import Image
@@ -132,6 +133,33 @@ class Family(ABC):
         # Some processors return tensors unasked.
         stock = [int(token) for token in inputs["input_ids"][0]].count(config.image_token_id)
         self.image_tokens(method, stock, inputs, 0)
+
+
+def check_video_processor(family: Family, processor: Any, config: Any, method: Method) -> None:
+    """Check, on a dummy video, that a processor fits a model.
+
+    Raises:
+        ValueError: It is another model's, or it cannot process a video.
+    """
+    if processor.video_token_id != config.video_token_id:
+        raise ValueError(
+            f"the processor's video token has id {processor.video_token_id}, the model's "
+            f"{config.video_token_id}: the processor is another model's"
+        )
+    frames = np.zeros((1, 64, 48, 3), dtype=np.uint8)
+    try:
+        inputs = processor(videos=[frames], text=[processor.video_token], return_tensors="pt")
+    except Exception as error:
+        raise ValueError(f"the processor cannot process a video: {error}") from error
+    stock = inputs["input_ids"][0].tolist().count(config.video_token_id)
+    family.video_tokens(method, stock, inputs, 0)
+
+
+def place_in_prompt(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """``get_placeholder_mask`` of a model with videos: its masks tell the prompt's order of media."""
+    image_mask_BS1, video_mask_BS1 = explain_mismatch(self, *args, **kwargs)
+    self._vlmzip.arrange(image=image_mask_BS1.squeeze(-1), video=video_mask_BS1.squeeze(-1))
+    return image_mask_BS1, video_mask_BS1
 
 
 def explain_mismatch(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-import numpy as np
 from torch import Tensor
 from transformers import LlavaOnevisionModel, PreTrainedModel
 from transformers.processing_utils import ProcessorMixin
@@ -14,7 +13,7 @@ from transformers.utils.generic import can_return_tuple
 from vlmzip.anyres import Anyres, size_pairs
 from vlmzip.attachment import Attachment, selections_of
 from vlmzip.errors import UnsupportedModelError
-from vlmzip.families.base import Card, Family, explain_mismatch, register
+from vlmzip.families.base import Card, Family, check_video_processor, place_in_prompt, register
 from vlmzip.families.llava import check_strategy
 from vlmzip.families.llava_next import pack_image_features
 from vlmzip.merging import Order
@@ -82,9 +81,11 @@ class LlavaOnevision(Family):
     def attach(self, base: PreTrainedModel, state: Attachment) -> None:
         """Tap the tower; compress images at the projector and videos after their pooling."""
         self.tower.attach(base.vision_tower, state)
-        for method in (_get_image_features, _get_video_features, _get_placeholder_mask, _apply_pooling):
-            state.patches.set_method(base, method.__name__.removeprefix("_"), method)
+        state.patches.set_method(base, "get_image_features", _get_image_features)
         state.patches.set_method(base, "pack_image_features", pack_image_features)
+        state.patches.set_method(base, "get_video_features", _get_video_features)
+        state.patches.set_method(base, "apply_pooling", _apply_pooling)
+        state.patches.set_method(base, "get_placeholder_mask", place_in_prompt)
         self.tower.compress_before(base.multi_modal_projector, state)
 
     def image_tokens(self, method: Method, stock: int, image_inputs: Any, index: int) -> int:
@@ -126,18 +127,7 @@ class LlavaOnevision(Family):
         """Check, on a dummy image and a dummy video, that a processor fits this model."""
         super().check_processor(processor, config, method)
         self.anyres.check_processor(processor, self.tower.patches, self.tower.grid)
-        if processor.video_token_id != config.video_token_id:
-            raise ValueError(
-                f"the processor's video token has id {processor.video_token_id}, the model's "
-                f"{config.video_token_id}: the processor is another model's"
-            )
-        frames = np.zeros((1, 64, 48, 3), dtype=np.uint8)
-        try:
-            inputs = processor(videos=[frames], text=[processor.video_token], return_tensors="pt")
-        except Exception as error:
-            raise ValueError(f"the processor cannot process a video: {error}") from error
-        stock = inputs["input_ids"][0].tolist().count(config.video_token_id)
-        self.video_tokens(method, stock, inputs, 0)
+        check_video_processor(self, processor, config, method)
 
     def _count(self, method: Method) -> int:
         return self.anyres.count(method, self.tower.patches)
@@ -233,15 +223,9 @@ def _apply_pooling(self: Any, image_features: Tensor) -> Tensor:
         return pooled_FND
     ((scores_FN, keys_FNd),) = reading.take()
     scores_FN, keys_FNd = stock(self, scores_FN.unsqueeze(-1)).squeeze(-1), stock(self, keys_FNd)
-    reading.zipped = state.zip_views(pooled_FND, scores_FN, keys_FNd, state.family.frame_grid)
+    grid = state.family.frame_grid
+    reading.zipped = state.zip_views(pooled_FND, scores_FN, keys_FNd, grid, pooled=True)
     return reading.zipped.tokens
-
-
-def _get_placeholder_mask(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """The stock masks, which tell in what order the prompt has its images and videos."""
-    image_mask_BS1, video_mask_BS1 = explain_mismatch(self, *args, **kwargs)
-    self._vlmzip.arrange(image=image_mask_BS1.squeeze(-1), video=video_mask_BS1.squeeze(-1))
-    return image_mask_BS1, video_mask_BS1
 
 
 def _check_arguments(self: Any, layer: Any, strategy: str | None) -> None:
