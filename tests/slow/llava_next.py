@@ -50,26 +50,25 @@ def features(model: Any, inputs: Any, method: Any) -> list[Tensor]:
     return found
 
 
-def zip_pixels(model: Any, pixels: Tensor, method: Any) -> Any:
-    """One view [3, H, W]."""
-    tower, config = model.model.vision_tower, model.config
+def read(model: Any, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """One view or frame [3, H, W]: hidden states [N, D], attention [H, N, N], keys [H, N, d]."""
+    tower, layers = model.model.vision_tower, model.config.vision_feature_layer
     states, attentions = run_tower(tower, pixels[None])
-    layers = config.vision_feature_layer
     listed = layers if isinstance(layers, (list, tuple)) else [layers]
     chosen = max(range(len(states))[layer] for layer in listed)
     block = tower.encoder.layers[chosen - 1]
     with torch.no_grad():
         keys_ND = block.self_attn.k_proj(block.layer_norm1(states[chosen - 1]))[0]
     keys_HNd = keys_ND.unflatten(-1, (block.self_attn.num_heads, -1)).transpose(0, 1)
-    return zip_view(
-        method,
-        torch.cat([states[layer][0] for layer in listed], -1),
-        attentions[chosen - 1][0],
-        keys_HNd,
-        has_cls(model),
-        "grouped",
-        views=most_views(config),
-    )
+    hidden_ND = torch.cat([states[layer][0] for layer in listed], -1)
+    return hidden_ND, attentions[chosen - 1][0], keys_HNd
+
+
+def zip_pixels(model: Any, pixels: Tensor, method: Any) -> Any:
+    """One view [3, H, W]."""
+    hidden, attention, keys = read(model, pixels)
+    views = most_views(model.config)
+    return zip_view(method, hidden, attention, keys, has_cls(model), "grouped", views=views)
 
 
 def has_cls(model: Any) -> bool:

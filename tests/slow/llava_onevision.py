@@ -9,8 +9,8 @@ from torch import Tensor
 
 from contract import image
 from slow import zip_view
-from slow.llava import project, run_tower
-from slow.llava_next import crop_grid, lay_out, most_views
+from slow.llava import project
+from slow.llava_next import crop_grid, lay_out, most_views, read
 
 NEEDS_TORCHVISION = True
 
@@ -42,18 +42,6 @@ def image_features(model: Any, inputs: Any, method: Any) -> list[Tensor]:
 def ordered(method: Any) -> Any:
     """The method with this family's own order, if it has none."""
     return method if method.order else type(method)(**{**vars(method), "order": "raster"})
-
-
-def read(model: Any, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """One view or frame [3, H, W]: hidden states [N, D], attention [H, N, N], keys [H, N, d]."""
-    tower = model.model.vision_tower
-    states, attentions = run_tower(tower, pixels[None])
-    chosen = list(range(len(states)))[model.config.vision_feature_layer]
-    block = tower.encoder.layers[chosen - 1]
-    with torch.no_grad():
-        keys_ND = block.self_attn.k_proj(block.layer_norm1(states[chosen - 1]))[0]
-    keys_HNd = keys_ND.unflatten(-1, (block.self_attn.num_heads, -1)).transpose(0, 1)
-    return states[chosen][0], attentions[chosen - 1][0], keys_HNd
 
 
 def zip_pixels(model: Any, pixels: Tensor, method: Any) -> Any:
