@@ -1,0 +1,48 @@
+"""LLaVA-OneVision-7B: an image of five views and a video of eight frames."""
+
+import torch
+from measure import arguments, compare, random_model
+from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration, Qwen2Config
+
+from vlmzip import VisionZip
+
+
+def main() -> None:
+    given = arguments("LLaVA-OneVision-7B's shape")
+    text = Qwen2Config(
+        vocab_size=152000,
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_hidden_layers=given.layers,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+    )
+    config = LlavaOnevisionConfig(text_config=text)
+    model = random_model(LlavaOnevisionForConditionalGeneration, config)
+    title = f"llava-onevision-qwen2-7b, {given.layers} LLM layers, bf16, {given.threads} threads"
+    methods = {f"tokens={tokens}": VisionZip(tokens=tokens) for tokens in (128, 64)}
+
+    pixels = torch.randn(1, 5, 3, 384, 384).bfloat16()
+    sizes = torch.tensor([[768, 768]])
+    compare(
+        f"{title}, image 768 x 768",
+        model,
+        methods,
+        lambda: model.get_image_features(pixels, sizes),
+        "image",
+        given.rounds,
+    )
+    frames = torch.randn(1, 8, 3, 384, 384).bfloat16()
+    methods = {f"tokens={tokens}": VisionZip(tokens=tokens) for tokens in (32, 16)}
+    compare(
+        f"{title}, video of 8 frames",
+        model,
+        methods,
+        lambda: model.get_video_features(frames),
+        "video",
+        given.rounds,
+    )
+
+
+if __name__ == "__main__":
+    main()
