@@ -32,7 +32,7 @@ def build_model(name: str, tokenizer: PreTrainedTokenizerFast) -> LlavaForCondit
     text = LlamaConfig(
         vocab_size=512,
         hidden_size=128,
-        intermediate_size=384,
+        intermediate_size=256,
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=4,

@@ -1,4 +1,4 @@
-"""Training dialogues: one to three images, one to eight turns, written as token ids."""
+"""Training dialogues: one to three images, one to twelve turns, written as token ids."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ __all__ = ["DialogueBatch", "DialogueWriter"]
 
 PATCHES = GRID * GRID
 SILENT = -100  # what the loss passes over: everything but the answers
-_IMAGES = (0.78, 0.15, 0.07)  # share of prompts with one, two and three images
-_TURNS = (0.1, 0.15, 0.15, 0.2, 0.0, 0.2, 0.0, 0.2)  # share of dialogues of 1..8 turns
+_IMAGES = (0.85, 0.1, 0.05)  # share of prompts with one, two and three images
+_TURNS = {1: 0.1, 2: 0.1, 3: 0.1, 4: 0.2, 8: 0.25, 12: 0.25}  # share of dialogues by their turns
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class DialogueWriter:
     ) -> tuple[list[int], list[int]]:
         turns: list[tuple[str, str]] = []
         asked: set[str] = set()
-        count = 1 + int(rng.choice(len(_TURNS), p=_TURNS))
+        count = int(rng.choice(list(_TURNS), p=list(_TURNS.values())))
         while len(turns) < count:
             which = int(rng.integers(len(row)))
             question = self._question(scenes[row[which]], rng)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy.typing as npt
 from .glyphs import GLYPHS, WORDS
 from .scenes import COLOURS, PATCH, SHAPES, SIZE, Rendering, Scene, render, sample_scene
 
-__all__ = ["HEADS", "IGNORE", "LabelledImages", "patch_labels", "rendered_split", "scene_of"]
+__all__ = ["HEADS", "IGNORE", "LabelledImages", "keep", "patch_labels", "rendered_split", "scene_of"]
 
 GRID = SIZE // PATCH
 IGNORE = -100
@@ -102,6 +103,13 @@ def rendered_split(
             drawn = render(scene)
             images[i], labels[i] = drawn.image, patch_labels(scene, drawn)
             progress(i + 1)
-        np.save(images_file, images)
-        np.save(labels_file, labels)  # written last: it says that the pair is complete
+        keep(images_file, images)
+        keep(labels_file, labels)  # written last: it says that the pair is complete
     return LabelledImages(np.load(images_file, mmap_mode="r"), np.load(labels_file, mmap_mode="r"))
+
+
+def keep(file: Path, array: npt.NDArray[np.generic]) -> None:
+    """Save an array so that whoever reads it meanwhile, or after a crash, sees all of it or nothing."""
+    partial = file.with_name(f"{file.stem}.{os.getpid()}.npy")
+    np.save(partial, array)
+    os.replace(partial, file)

@@ -23,7 +23,7 @@ from . import NAMES
 from .accuracy import accuracy_table
 from .checkpoint import build_model, build_processor, copy_tower, save_checkpoint
 from .dialogues import SILENT, DialogueWriter, images_per_prompt
-from .labels import HEADS, IGNORE, LabelledImages, rendered_split, scene_of
+from .labels import HEADS, IGNORE, LabelledImages, keep, rendered_split, scene_of
 from .language import build_tokenizer
 from .muon import optimisers
 from .questions import caption
@@ -45,32 +45,43 @@ class Recipe:
     tower_steps: int = 950
     tower_batch: int = 24
     tower_rates: tuple[float, float] = (3e-3, 2e-3)  # Muon's and AdamW's
-    lesson_images: int = 12_000
+    lesson_images: int = 5_000
     lesson_steps: int = 2_500
-    lesson_batch: int = 16
+    lesson_batch: int = 12
     lesson_rates: tuple[float, float] = (2e-3, 2e-3)
     check_every: int = 50
     seed: int = 0
 
 
-def train(name: str, recipe: Recipe, folder: Path, data: Path) -> LlavaForConditionalGeneration:
-    """Train (or go on training) one model; checkpoints and the log go to folder, scenes to data."""
+def train(
+    name: str, recipe: Recipe, folder: Path, data: Path, *, stop_after: int | None = None
+) -> LlavaForConditionalGeneration:
+    """Train (or go on training) one model; checkpoints and the log go to folder, scenes to data.
+
+    stop_after ends each stage of this call after so many steps; call again to go on.
+    """
     torch.manual_seed(recipe.seed)
     tokenizer = build_tokenizer()
-    lesson = train_tower(name, recipe, tokenizer, folder, data)
+    lesson, learnt = train_tower(name, recipe, tokenizer, folder, data, stop_after)
     model = build_model(name, tokenizer)
     copy_tower(lesson.tower, model)
-    teach_questions(model, recipe, tokenizer, folder, data)
+    if learnt:
+        teach_questions(model, recipe, tokenizer, folder, data, stop_after)
     return model.eval()
 
 
 def train_tower(
-    name: str, recipe: Recipe, tokenizer: PreTrainedTokenizerFast, folder: Path, data: Path
-) -> TowerLesson:
-    """First stage: captions and patch labels."""
+    name: str,
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerFast,
+    folder: Path,
+    data: Path,
+    stop_after: int | None,
+) -> tuple[TowerLesson, bool]:
+    """First stage, captions and patch labels: the lesson, and whether it is finished."""
     images = _rendered("pretraining", recipe.tower_images, data)
     held_out = _rendered("validation", 100, data)
-    captions = _captions(tokenizer, recipe.tower_images)
+    captions = _captions(tokenizer, recipe.tower_images, data)
     lesson = TowerLesson(name, len(tokenizer))
 
     def loss_at(step: int) -> torch.Tensor:
@@ -84,13 +95,14 @@ def train_tower(
             )
         )
 
-    run_stage(
+    finished = run_stage(
         "tower", lesson,
         optimisers(lesson.tower.encoder, lesson, *recipe.tower_rates),
         recipe.tower_steps, loss_at, folder,
         check=lambda: {"patches": patch_accuracy(lesson, held_out)}, every=recipe.check_every,
+        stop_after=stop_after,
     )  # fmt: skip
-    return lesson.eval().requires_grad_(False)
+    return lesson.eval().requires_grad_(False), finished
 
 
 def _rendered(split: str, count: int, data: Path) -> LabelledImages:
@@ -114,13 +126,16 @@ def patch_accuracy(lesson: TowerLesson, held_out: LabelledImages, count: int = 1
     return result
 
 
-def _captions(tokenizer: PreTrainedTokenizerFast, count: int) -> npt.NDArray[np.int16]:
-    rows = np.full((count, 40), -1, np.int16)
-    for i in track(range(count), description="captions"):
-        text = caption(scene_of("pretraining", i), np.random.default_rng([9, i]))
-        ids = tokenizer(text, add_special_tokens=False).input_ids
-        rows[i, : len(ids)] = ids
-    return rows
+def _captions(tokenizer: PreTrainedTokenizerFast, count: int, data: Path) -> npt.NDArray[np.int16]:
+    file = data / f"captions-{count}.npy"
+    if not file.exists():
+        rows = np.full((count, 40), -1, np.int16)
+        for i in track(range(count), description="captions"):
+            text = caption(scene_of("pretraining", i), np.random.default_rng([9, i]))
+            ids = tokenizer(text, add_special_tokens=False).input_ids
+            rows[i, : len(ids)] = ids
+        keep(file, rows)
+    return np.asarray(np.load(file))
 
 
 def teach_questions(
@@ -129,6 +144,7 @@ def teach_questions(
     tokenizer: PreTrainedTokenizerFast,
     folder: Path,
     data: Path,
+    stop_after: int | None,
 ) -> None:
     """Second stage: projector and LLM on the frozen tower's features, which are computed once."""
     images = _rendered("train", recipe.lesson_images, data).images
@@ -150,6 +166,7 @@ def teach_questions(
         "questions", taught,
         optimisers(model.model.language_model.layers, taught, *recipe.lesson_rates),
         recipe.lesson_steps, loss_at, folder, check=dict, every=recipe.check_every,
+        stop_after=stop_after,
     )  # fmt: skip
 
 

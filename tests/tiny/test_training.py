@@ -1,0 +1,155 @@
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from vlmzip.tiny.checkpoint import build_processor, save_checkpoint
+from vlmzip.tiny.dialogues import SILENT, DialogueWriter
+from vlmzip.tiny.labels import scene_of
+from vlmzip.tiny.language import build_tokenizer
+from vlmzip.tiny.muon import Muon, orthogonal
+from vlmzip.tiny.stage import run_stage
+from vlmzip.tiny.train import Recipe, answer_scores, tower_features, train
+
+MINIATURE = Recipe(
+    tower_images=16, tower_steps=4, tower_batch=4,
+    lesson_images=16, lesson_steps=4, lesson_batch=4, check_every=2,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return build_tokenizer()
+
+
+def weights(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def test_a_stopped_training_goes_on_to_the_same_weights(tmp_path, data):
+    whole = weights(train("tiny-llava", MINIATURE, tmp_path / "whole", data))
+    for stop in (3, 3, 3):
+        model = train("tiny-llava", MINIATURE, tmp_path / "parts", data, stop_after=stop)
+    assert weights(model).keys() == whole.keys()
+    for name, value in weights(model).items():
+        assert torch.equal(value, whole[name]), name
+    lines = [json.loads(line) for line in (tmp_path / "parts" / "log.jsonl").read_text().splitlines()]
+    assert [(line["stage"], line["step"]) for line in lines] == [
+        ("tower", 2), ("tower", 3), ("tower", 4), ("questions", 2), ("questions", 3), ("questions", 4),
+    ]  # fmt: skip
+
+
+def test_another_seed_gives_other_weights(tmp_path, data):
+    short = replace(MINIATURE, tower_steps=1, lesson_steps=1)
+    one = weights(train("tiny-siglip", short, tmp_path / "one", data))
+    other = weights(train("tiny-siglip", replace(short, seed=1), tmp_path / "other", data))
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_second_stage_leaves_the_tower_alone_and_trains_the_rest(tmp_path, data):
+    short = train("tiny-llava", replace(MINIATURE, lesson_steps=1), tmp_path / "run", data)
+    before = weights(short)
+    (tmp_path / "run" / "questions.pt").unlink()
+    after = weights(train("tiny-llava", replace(MINIATURE, lesson_steps=3), tmp_path / "run", data))
+    for name in before:
+        same = torch.equal(before[name], after[name])
+        assert same == ("vision_tower" in name), name
+
+
+def test_a_checkpoint_that_is_cut_off_while_saving_is_not_used(tmp_path):
+    module = nn.Linear(4, 4)
+    optimiser = (torch.optim.AdamW([{"params": list(module.parameters()), "peak": 1e-3}]),)
+    (tmp_path / "toy.partial").write_bytes(b"half a file")
+
+    def loss_at(step):
+        return module(torch.ones(4)).sum()
+
+    assert run_stage("toy", module, optimiser, 2, loss_at, tmp_path, check=dict)
+    assert torch.load(tmp_path / "toy.pt")["step"] == 2
+
+
+def test_dialogues_are_written_as_the_chat_template_writes_them(tokenizer):
+    processor = build_processor("tiny-llava", tokenizer)
+    writer = DialogueWriter(tokenizer)
+    turns = [("What color is the ring?", "red"), ("Is there a red ring?", "yes")]
+    chat = []
+    for i, (question, answer) in enumerate(turns):
+        text = {"type": "text", "text": question}
+        chat.append({"role": "user", "content": [{"type": "image"}, {"type": "image"}, text][2 * (i > 0) :]})
+        chat.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    images = [np.zeros((96, 96, 3), np.uint8)] * 2
+    expected = processor(images=images, text=processor.apply_chat_template(chat))["input_ids"][0]
+    ids, labels = writer.write([0, 1], turns)
+    assert ids == list(expected)
+    spoken = [token for token, label in zip(ids, labels, strict=True) if label != SILENT]
+    assert tokenizer.decode(spoken) == " red</s> yes</s>"
+
+
+def test_training_sees_what_inference_sees(tmp_path, data, tokenizer):
+    model = train("tiny-llava", replace(MINIATURE, tower_steps=1, lesson_steps=1), tmp_path, data)
+    processor = build_processor("tiny-llava", tokenizer)
+    images = np.random.default_rng(0).integers(0, 256, (2, 96, 96, 3), dtype=np.uint8)
+    ids, labels = DialogueWriter(tokenizer).write([0, 1], [("Is there a red ring?", "yes")])
+    features = tower_features(model, images).float()
+    with torch.no_grad():
+        scores, _ = answer_scores(model, torch.tensor([ids]), torch.tensor([labels]), features)
+        pixel_values = processor.image_processor(list(images), return_tensors="pt")["pixel_values"]
+        logits = model(input_ids=torch.tensor([ids]), pixel_values=pixel_values).logits[0]
+    first = next(i for i, label in enumerate(labels) if label != SILENT)
+    assert torch.allclose(scores, logits[first - 1 : -1], atol=1e-2)
+
+
+def test_dialogues_have_one_to_twelve_turns_and_ask_nothing_twice(tokenizer):
+    writer = DialogueWriter(tokenizer)
+    scenes = [scene_of("train", i) for i in range(20)]
+    rng = np.random.default_rng(0)
+    batch = writer.batch(scenes, rng.integers(20, size=(60, 2)), rng)
+    turns = (batch.labels == writer.end).sum(dim=1)
+    assert set(turns.tolist()) <= set(range(1, 13))
+    assert {1, 2, 3, 4} <= set(turns.tolist())
+    assert (batch.input_ids == writer.image).sum(dim=1).tolist() == [288] * 60
+
+
+def test_saved_weights_have_the_hubs_names(tmp_path, data, tokenizer):
+    from safetensors import safe_open
+
+    model = train("tiny-siglip", replace(MINIATURE, tower_steps=1, lesson_steps=1), tmp_path / "r", data)
+    save_checkpoint(model, build_processor("tiny-siglip", tokenizer), tmp_path / "out")
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        names = set(file.keys())
+    tower = {name for name in names if name.startswith("vision_tower.")}
+    assert tower
+    assert all(name.startswith("vision_tower.vision_model.") for name in tower)
+    again, info = type(model).from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    for name, value in weights(model).items():
+        assert torch.equal(value, weights(again)[name]), name
+
+
+def test_orthogonal_updates_have_singular_values_near_one():
+    torch.manual_seed(0)
+    for shape in ((3, 32, 32), (2, 64, 16), (2, 16, 64)):
+        values = torch.linalg.svdvals(orthogonal(torch.randn(shape)))
+        assert 0.3 < float(values.min())
+        assert float(values.max()) < 1.4
+
+
+def test_muon_finds_the_least_of_a_bowl():
+    torch.manual_seed(0)
+    goal, weight = torch.randn(8, 8), nn.Parameter(torch.zeros(8, 8))
+    optimiser = Muon([weight], lr=0.05, decay=0.0)
+    for step in range(200):
+        optimiser.param_groups[0]["lr"] = 0.05 * (1 - step / 200)
+        optimiser.zero_grad()
+        (weight - goal).square().sum().backward()
+        optimiser.step()
+    assert float((weight - goal).abs().max()) < 0.1
