@@ -50,6 +50,15 @@ def ask(
 
     Prints the answer, the image tokens with and without compression, and the time to the first token.
     """
+    if max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens must be at least 1, got {max_new_tokens}")
+    if not question.strip():
+        raise ValueError("the question is empty; ask something about the image")
+    from vlmzip.images import open_image
+
+    picture = open_image(image)
+    if picture.frames > 1:
+        note(f"{image} has {picture.frames} frames; the first is used")
     chosen = options.build_method(
         method,
         tokens=tokens,
@@ -60,16 +69,7 @@ def ask(
         merge=merge,
         order=order,
     )
-    if max_new_tokens < 1:
-        raise ValueError(f"--max-new-tokens must be at least 1, got {max_new_tokens}")
     silence_transformers()
-    from vlmzip.images import open_image
-
-    picture = open_image(image)
-    if picture.frames > 1:
-        note(f"{image} has {picture.frames} frames; the first is used")
-    if not question.strip():
-        raise ValueError("the question is empty; ask something about the image")
     with working("loading the model"):
         from vlmzip.loading import load
 

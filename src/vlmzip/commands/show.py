@@ -34,6 +34,13 @@ def show(
 
     --json prints the indices, assignments and scores of every view; then -o may be left out.
     """
+    if out is None and not as_json:
+        raise ValueError("nothing to write: give -o FILE for a picture or --json for the indices")
+    from vlmzip.images import open_image
+
+    picture = open_image(image)
+    if picture.frames > 1:
+        note(f"{image} has {picture.frames} frames; the first is used")
     chosen = options.build_method(
         method,
         tokens=tokens,
@@ -44,16 +51,9 @@ def show(
         merge=merge,
         order=order,
     )
-    if out is None and not as_json:
-        raise ValueError("nothing to write: give -o FILE for a picture or --json for the indices")
     if out is not None:
         _check_out(out, image)
     silence_transformers()
-    from vlmzip.images import open_image
-
-    picture = open_image(image)
-    if picture.frames > 1:
-        note(f"{image} has {picture.frames} frames; the first is used")
     with working("loading the model"):
         from vlmzip.loading import load
 
