@@ -6,7 +6,10 @@ Shapes: B views, H heads, N tokens, d head dimension. All results are float32.
 import torch
 from torch import Tensor
 
+from vlmzip.budget import check_count
 
+
+@torch.no_grad()
 def cls_attention(q_BHNd: Tensor, k_BHNd: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
     """Attention that the CLS query pays to each token, mean over heads (VisionZip, algorithm 1).
 
@@ -19,12 +22,18 @@ def cls_attention(q_BHNd: Tensor, k_BHNd: Tensor, scale: float, mask: Tensor | N
         mask: None, boolean (True: may attend) or additive, broadcastable to [B, H, N, N].
 
     Returns:
-        [B, N] float32. Entry 0, what CLS pays to itself, is meaningless as a score.
+        [B, N] float32, without gradient. Entry 0, what CLS pays to itself, means nothing as a score.
+
+    Raises:
+        TypeError: The mask is neither boolean nor floating point.
+        ValueError: Shapes disagree.
     """
+    _check(q_BHNd, k_BHNd, mask)
     row_mask = _rows(mask, slice(0, 1))
     return _attend(q_BHNd[:, :, :1], k_BHNd.float(), scale, row_mask)[0].mean(1)[:, 0]
 
 
+@torch.no_grad()
 def received_attention(
     q_BHNd: Tensor, k_BHNd: Tensor, scale: float, mask: Tensor | None = None, chunk: int = 128
 ) -> Tensor:
@@ -41,8 +50,14 @@ def received_attention(
         chunk: Queries handled at a time.
 
     Returns:
-        [B, N] float32; each row sums to 1.
+        [B, N] float32, without gradient; each row sums to 1.
+
+    Raises:
+        TypeError: The mask is neither boolean nor floating point.
+        ValueError: Shapes disagree, or ``chunk`` is under 1.
     """
+    _check(q_BHNd, k_BHNd, mask)
+    chunk = check_count("chunk", chunk, 1)
     k = k_BHNd.float()
     received_BN = k.new_zeros(k.shape[0], k.shape[2])
     queries_B1 = k.new_zeros(k.shape[0], 1)
@@ -74,8 +89,22 @@ def _attend(q_BHcd: Tensor, k_BHNd: Tensor, scale: float, mask: Tensor | None) -
     return logits.softmax(-1) * live.unsqueeze(-1), live
 
 
+def _check(q_BHNd: Tensor, k_BHNd: Tensor, mask: Tensor | None) -> None:
+    q, k = list(q_BHNd.shape), list(k_BHNd.shape)
+    if len(q) != 4 or q != k:
+        raise ValueError(f"q and k must both be [B, H, N, d], got q {q} and k {k}")
+    if mask is None:
+        return
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise TypeError(f"mask must be boolean or floating point, got {mask.dtype}")
+    full = [*q[:3], q[2]]
+    shape = [1] * (4 - mask.ndim) + list(mask.shape)
+    if len(shape) != 4 or any(side not in (1, whole) for side, whole in zip(shape, full, strict=True)):
+        raise ValueError(f"mask must be broadcastable to [B, H, N, N] = {full}, got {list(mask.shape)}")
+
+
 def _rows(mask: Tensor | None, rows: slice) -> Tensor | None:
     """The mask of some queries; a mask with one row holds for every query."""
-    if mask is None or mask.shape[-2] == 1:
+    if mask is None or mask.ndim < 2 or mask.shape[-2] == 1:
         return mask
     return mask[..., rows, :]

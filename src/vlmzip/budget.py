@@ -27,6 +27,7 @@ def split(k: int) -> tuple[int, int]:
 
     64 gives 54 + 10, 128 gives 108 + 20, 192 gives 162 + 30 (VisionZip, tables 8 and 9).
     """
+    k = check_count("k", k, 1)
     dominant = max(1, (27 * k + 16) // 32)
     return dominant, k - dominant
 
@@ -83,8 +84,9 @@ class Budget:
                 keeps all of them; with a fixed size such a budget is refused.
 
         Raises:
-            ValueError: The budget does not fit ``n`` or ``views``.
+            ValueError: The budget does not fit ``n`` or ``views``, or these are no counts.
         """
+        n, views = check_count("n", n, 1), check_count("views", views, 1)
         k = self._wanted(n, views)
         if k <= n:
             return k

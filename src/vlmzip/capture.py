@@ -103,6 +103,8 @@ class Tap:
         reading = self.reading
         if reading is None:
             return
+        if mask is not None and mask.ndim == 2:  # FlashAttention's: which keys are no padding
+            mask = mask[:, None, None, :].bool()
         if reading.valid is not None:  # encoders mask padding as keys only, not as queries
             mask = reading.valid[:, None, None, :] & reading.valid[:, None, :, None]
         with torch.no_grad():

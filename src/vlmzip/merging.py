@@ -66,10 +66,12 @@ def zip_tokens(
 
     Raises:
         TypeError: An argument is not a floating-point tensor.
-        ValueError: Shapes disagree, a count does not fit N, or a value is NaN or infinite (checked
-            when not compiling).
+        ValueError: Shapes disagree, a count does not fit N, or a value is NaN or infinite (compiled
+            code asserts the latter when it runs, with a RuntimeError).
     """
     _check_tensors(hidden, scores, keys)
+    if not isinstance(cls_token, bool):
+        raise ValueError(f"cls_token must be True or False, got {cls_token!r}")
     dominant = check_count("dominant", dominant, 1)
     contextual = check_count("contextual", contextual, 0)
     if dominant + contextual > hidden.shape[1]:
@@ -79,13 +81,13 @@ def zip_tokens(
         )
     check_choice("merge", merge, get_args(Merge))
     check_choice("order", order, get_args(Order))
-    if not torch.compiler.is_compiling():
-        for name, tensor in (("hidden", hidden), ("scores", scores), ("keys", keys)):
-            first = int(cls_token and name == "scores")
-            if not tensor[:, first:].isfinite().all():
-                raise ValueError(
-                    f"{name} holds NaN or infinite values; check the model's weights and dtype"
-                )
+    for name, tensor in (("hidden", hidden), ("scores", scores), ("keys", keys)):
+        finite = tensor[:, int(cls_token and name == "scores") :].isfinite().all()
+        message = f"{name} holds NaN or infinite values; check the model's weights and dtype"
+        if torch.compiler.is_compiling():
+            torch._assert_async(finite, message)
+        elif not finite:
+            raise ValueError(message)
     return merge_tokens(hidden, scores, keys, dominant, contextual, cls_token, merge, order)
 
 
@@ -102,8 +104,9 @@ def merge_tokens(
     """:func:`zip_tokens` without its checks, for engines that have checked once already."""
     with torch.no_grad():
         dominant_BD, rest_BR = choose_dominant(scores, dominant, cls_token)
-        if contextual == 0:
-            return keep_tokens(hidden, dominant_BD)
+    if contextual == 0:
+        return keep_tokens(hidden, dominant_BD)
+    with torch.no_grad():
         step = max(1, rest_BR.shape[1] // contextual)
         target_BM = rest_BR[:, : step * contextual : step]
         cluster_BN = nearest_target(keys, dominant_BD, target_BM)
