@@ -146,7 +146,7 @@ def check_video_processor(family: Family, processor: Any, config: Any, method: M
             f"the processor's video token has id {processor.video_token_id}, the model's "
             f"{config.video_token_id}: the processor is another model's"
         )
-    frames = np.zeros((1, 64, 48, 3), dtype=np.uint8)
+    frames = np.zeros((2, 64, 48, 3), dtype=np.uint8)  # some refuse a single frame
     try:
         inputs = processor(videos=[frames], text=[processor.video_token], return_tensors="pt")
     except Exception as error:
