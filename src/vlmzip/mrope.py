@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from vlmzip.attachment import Attachment
-from vlmzip.families.base import explain_mismatch, foreign_prompt
+from vlmzip.families.base import foreign_prompt, place_in_prompt
 from vlmzip.patch_merger import Kept
 
 _KINDS = {"image": 1, "video": 2}  # as in mm_token_type_ids
@@ -67,7 +67,7 @@ def attach(base: PreTrainedModel, state: MropeAttachment) -> None:
     for name, method in (
         ("get_image_features", _get_image_features),
         ("get_video_features", _get_video_features),
-        ("get_placeholder_mask", _get_placeholder_mask),
+        ("get_placeholder_mask", place_in_prompt),
         ("get_rope_index", _get_rope_index),
         ("compute_3d_position_ids", _compute_3d_position_ids),
     ):
@@ -113,13 +113,6 @@ def _features(self: Any, kind: str, pixels: Tensor, grid_thw: Tensor | None, **k
     output._vlmzip_kept = kept
     as_output = self.config.return_dict if return_dict is None else return_dict
     return output if as_output else output.to_tuple()
-
-
-def _get_placeholder_mask(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """The stock masks, which tell in what order the prompt has its images and videos."""
-    image_BTD, video_BTD = explain_mismatch(self, *args, **kwargs)
-    self._vlmzip.arrange(image=image_BTD[..., 0], video=video_BTD[..., 0])
-    return image_BTD, video_BTD
 
 
 def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -3,13 +3,12 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-import numpy as np
 from transformers import PreTrainedModel
 from transformers.processing_utils import ProcessorMixin
 
 from vlmzip import mrope
 from vlmzip.attachment import Attachment
-from vlmzip.families.base import Card, Family, register
+from vlmzip.families.base import Card, Family, check_video_processor, register
 from vlmzip.merging import Order
 from vlmzip.methods.base import Method
 from vlmzip.patch_merger import PackedTower
@@ -78,18 +77,7 @@ class Qwen2VL(Family):
     def check_processor(self, processor: ProcessorMixin, config: Any, method: Method) -> None:
         """Check, on a dummy image and a dummy video, that a processor fits this model."""
         super().check_processor(processor, config, method)
-        if processor.video_token_id != config.video_token_id:
-            raise ValueError(
-                f"the processor's video token has id {processor.video_token_id}, the model's "
-                f"{config.video_token_id}: the processor is another model's"
-            )
-        frames = np.zeros((2, 64, 64, 3), dtype=np.uint8)
-        try:
-            inputs = processor(videos=[frames], text=[processor.video_token])
-        except Exception as error:
-            raise ValueError(f"the processor cannot process a video: {error}") from error
-        stock = [int(token) for token in inputs["input_ids"][0]].count(config.video_token_id)
-        self.video_tokens(method, stock, inputs, 0)
+        check_video_processor(self, processor, config, method)
 
     def _count(self, method: Method, stock: int, inputs: Any, grid: str, pixels: str, index: int) -> int:
         t, h, w = (int(size) for size in inputs[grid][index])
