@@ -115,9 +115,15 @@ class Compressed:
 
         Raises:
             RuntimeError: The compression was removed.
+            ValueError: The model holds adapters, whose weights would load under names nobody reads.
         """
         if self._state is None:
             raise RuntimeError("the compression was removed; save before remove()")
+        if any(name.endswith(".base_layer") for name, _ in self.model.named_modules()):
+            raise ValueError(
+                "the model holds peft adapters, and its checkpoint would load without its weights; "
+                "call merge_and_unload() on the peft model before save_pretrained()"
+            )
         self.model.save_pretrained(folder)
         if self.processor is not None:
             self.processor.save_pretrained(folder)
