@@ -14,7 +14,8 @@ from PIL import Image
 
 from vlmzip.attachment import Selection
 
-_INCHES = 4.2  # width and height of a panel
+_INCHES = 4.2  # width of a panel
+_PIXELS = 28  # of a token's side, where the model's own pixels cannot be shown
 _INK = "#1a1a1a"
 _DROPPED = np.array([0.2, 0.2, 0.2])
 
@@ -35,7 +36,7 @@ def seen_views(
         std = np.asarray(settings.image_std)[:, None, None] if settings.do_normalize else 1.0
         shown = np.clip(flat * std + mean, 0, 1).transpose(0, 2, 3, 1)
         return list(np.round(shown * 255).astype(np.uint8))
-    return [np.asarray(image.resize((w * 14, h * 14))) for h, w in selection.grid]
+    return [np.asarray(image.resize((w * _PIXELS, h * _PIXELS))) for h, w in selection.grid]
 
 
 def draw(
@@ -53,7 +54,8 @@ def draw(
         OSError: The file cannot be written.
     """
     rows = len(views)
-    height = _INCHES * rows + 1.3
+    tallest = max(h / w for h, w in selection.grid)
+    height = (_INCHES * min(tallest, 3) + 0.3) * rows + 1.1
     figure = Figure(figsize=(3 * _INCHES + 0.8, height), facecolor="white")
     axes = figure.subplots(rows, 3, squeeze=False)
     for index, pixels in enumerate(views):
@@ -65,7 +67,7 @@ def draw(
         handles=_legend(_Map(selection, 0)), loc="lower center", ncol=4, frameon=False, fontsize=11
     )
     figure.subplots_adjust(
-        left=0.01, right=0.95, bottom=0.5 / height, top=1 - 0.78 / height, wspace=0.05, hspace=0.12
+        left=0.01, right=0.94, bottom=0.5 / height, top=1 - 0.78 / height, wspace=0.05, hspace=0.12
     )
     figure.savefig(out, dpi=110)
 
@@ -77,7 +79,8 @@ class _Map:
         self.height, self.width = selection.grid[view]
         scores = selection.scores[view].cpu().numpy()
         self.cls = len(scores) - self.height * self.width  # 1 with a CLS token, which is first
-        self.shares = len(scores) * scores[self.cls :].reshape(self.height, self.width)
+        patches = scores[self.cls :].reshape(self.height, self.width)
+        self.relative = patches / patches.mean()
         dominant = selection.dominant[view].cpu().numpy()
         targets = selection.contextual[view].cpu().numpy()
         assignment = selection.assignment[view].cpu().numpy()
@@ -107,11 +110,11 @@ def _draw_view(figure: Any, axes: Any, tokens: _Map, pixels: NDArray[np.uint8], 
         fontsize=11,
         color=_INK,
     )
-    heat = axes[2].imshow(tokens.shares, extent=box, cmap="magma", interpolation="nearest")
-    axes[2].set_title("score: attention, 1 = an even share", fontsize=11, color=_INK)
+    heat = axes[2].imshow(tokens.relative, extent=box, cmap="magma", interpolation="nearest")
+    axes[2].set_title("score: attention, 1 = the mean", fontsize=11, color=_INK)
     axes[2].set_aspect("equal")
     corner = axes[2].inset_axes((1.02, 0.0, 0.035, 1.0))
-    figure.colorbar(heat, cax=corner).ax.tick_params(labelsize=8)
+    figure.colorbar(heat, cax=corner, format="%.4g").ax.tick_params(labelsize=8)
     for panel in axes:
         panel.set_xticks([])
         panel.set_yticks([])
