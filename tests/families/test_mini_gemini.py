@@ -168,6 +168,17 @@ def test_pixels_of_one_resolution_only_are_refused(small: tuple[Any, Any]) -> No
         model(**inputs, pixel_values_high=high, mm_encoder_outputs={"image": features})
 
 
+def test_not_a_number_from_the_high_resolution_is_an_error(small: tuple[Any, Any]) -> None:
+    model, processor = copy.deepcopy(small)
+    with torch.no_grad():
+        model.model.high_vision_tower.embeddings.patch_embeddings.bias[0] = torch.nan
+    with (
+        compress(model, processor, VisionZip(tokens=12)),
+        pytest.raises(RuntimeError, match="the high-resolution tower gave NaN"),
+    ):
+        model(**made(processor))
+
+
 def test_another_model_s_processor_is_refused(small: tuple[Any, Any]) -> None:
     with pytest.raises(ValueError, match="needs a MiniGeminiProcessor, got LlavaProcessor"):
         compress(small[0], llava.build(image_size=112)[1], VisionZip(tokens=12))

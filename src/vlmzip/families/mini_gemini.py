@@ -71,6 +71,10 @@ def _get_image_features(
         zipped = state.zip_views(hidden_BND, scores_BN, keys_BNd, tower.grid)
     windows_BNWC = self.high_windows(pixel_values_high, len(pixel_values))
     mined_BKD = _mine(self.mining, zipped, windows_BNWC, cls_token=state.method.send_cls)
+    torch._assert_async(
+        mined_BKD.isfinite().all(),
+        "the high-resolution tower gave NaN or infinite values; check its weights and dtype",
+    )
     outputs.pooler_output = list(self.multi_modal_projector(mined_BKD))
     state.record(selections_of(zipped, tower.grid, [1] * len(pixel_values)))
     return outputs
