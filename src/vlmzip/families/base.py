@@ -110,6 +110,19 @@ class Family(ABC):
         """The class that ``processor_class`` names."""
         return getattr(transformers, cls.processor_class)
 
+    def check_unchanged(self, config: Any) -> None:
+        """Refuse a forward after ``config`` was changed in what compress() had read from it.
+
+        Raises:
+            ValueError: It was.
+            UnsupportedModelError: It was, and what it says now cannot be compressed at all.
+        """
+        if not torch.compiler.is_compiling() and type(self).from_config(config) != self:
+            raise ValueError(
+                "the model's config (vision_feature_select_strategy, vision_feature_layer or the "
+                "vision tower's) was changed after compress(); remove the compression and compress again"
+            )
+
     def check_processor(self, processor: ProcessorMixin, config: Any, method: Method) -> None:
         """Check, on a dummy image, that a processor fits this model.
 

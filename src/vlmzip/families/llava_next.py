@@ -120,6 +120,7 @@ def _get_image_features(
     family: LlavaNext = state.family
     family.tower.check_layer(self.config, "vision_feature_layer", vision_feature_layer)
     check_strategy(self.config, vision_feature_select_strategy)
+    state.family.check_unchanged(self.config)
     views = family.anyres.views_in(pixel_values, image_sizes)
     with state.tap.listen() as reading:
         features = type(self).get_image_features(

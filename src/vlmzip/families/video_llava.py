@@ -119,6 +119,7 @@ def _get_image_features(
     tower: Tower = state.family.tower
     tower.check_layer(self.config, "vision_feature_layer", vision_feature_layer)
     check_strategy(self.config, vision_feature_select_strategy)
+    state.family.check_unchanged(self.config)
     with state.tap.listen() as reading:
         features = type(self).get_image_features(
             self,
