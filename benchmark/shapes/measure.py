@@ -1,8 +1,8 @@
 """What compression saves on a model of a published shape: tokens, time and memory of one prompt.
 
 Weights are random and the language model has few layers, so only counts and ratios mean anything.
-Uncompressed and compressed runs alternate in one process; times are medians over the rounds, ratios
-medians of each round's own ratio.
+Uncompressed and compressed runs alternate in one process; times are the process's CPU time, medians
+over the rounds, ratios medians of each round's own ratio.
 """
 
 import argparse
@@ -25,7 +25,7 @@ def arguments(about: str) -> argparse.Namespace:
     """--rounds, --threads and --layers."""
     parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--layers", type=int, default=1, help="layers of the language model")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
@@ -49,6 +49,7 @@ def compare(
     encode: Callable[[], Any],
     kind: str,
     rounds: int,
+    beside: Callable[[torch.Tensor], dict[str, Any]] | None = None,
 ) -> None:
     """Print a table: a row uncompressed, and one for each method.
 
@@ -59,13 +60,14 @@ def compare(
         encode: Calls ``get_image_features`` or ``get_video_features``.
         kind: "image" or "video".
         rounds: Measured rounds, after one that warms up.
+        beside: Makes what the model needs beside the prompt's ids [1, T], such as token types.
     """
     runs: dict[str, list[Row]] = {"none": [], **{row: [] for row in methods}}
     for _ in range(rounds + 1):
-        runs["none"].append(once(model, encode, kind))
+        runs["none"].append(once(model, encode, kind, beside))
         for row, method in methods.items():
             with compress(model, None, method):
-                runs[row].append(once(model, encode, kind))
+                runs[row].append(once(model, encode, kind, beside))
     print(f"{name}, {rounds} rounds")
     print(f"{'':18}{'tokens':>8}{'encode ms':>11}{'prefill ms':>12}", end="")
     print(f"{'encode x':>10}{'prefill x':>11}{'both x':>8}{'cache MB':>10}{'peak MB':>9}")
@@ -85,17 +87,23 @@ def middle(found: list[Row], column: str) -> float:
 
 
 @torch.no_grad()
-def once(model: Any, encode: Callable[[], Any], kind: str) -> Row:
-    """One image or video encoded, and a prompt of it prefilled. Times in ms, memory in MB."""
+def once(
+    model: Any,
+    encode: Callable[[], Any],
+    kind: str,
+    beside: Callable[[torch.Tensor], dict[str, Any]] | None = None,
+) -> Row:
+    """One image or video encoded, and a prompt of it prefilled. CPU time in ms, memory in MB."""
     held = reset_peak()
-    start = time.perf_counter()
+    start = time.process_time()
     features = encode()
-    middle_time = time.perf_counter()
+    middle_time = time.process_time()
     tokens = sum(one.shape[:-1].numel() for one in features.pooler_output)
     token = getattr(model.config, f"{kind}_token_id")
     ids = torch.tensor([[1] * 8 + [token] * tokens + [1] * (TEXT - 8)])
-    out = model(input_ids=ids, mm_encoder_outputs={kind: features}, use_cache=True, logits_to_keep=1)
-    end = time.perf_counter()
+    given = {"input_ids": ids, "mm_encoder_outputs": {kind: features}, **(beside(ids) if beside else {})}
+    out = model(**given, use_cache=True, logits_to_keep=1)
+    end = time.process_time()
     cache = sum(layer.keys.nbytes + layer.values.nbytes for layer in out.past_key_values.layers)
     return {
         "tokens": tokens,

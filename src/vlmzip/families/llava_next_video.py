@@ -4,6 +4,7 @@ import functools
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
+import numpy as np
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 from transformers import LlavaNextVideoModel, PreTrainedModel
@@ -69,7 +70,7 @@ class LlavaNextVideo(LlavaNext):
 
     def video_tokens(self, method: Method, stock: int, video_inputs: Any, index: int) -> int:
         """K times the frames of the video."""
-        shape = [int(length) for length in video_inputs["pixel_values_videos"][index].shape]
+        shape = [int(length) for length in np.shape(video_inputs["pixel_values_videos"][index])]
         side = self.anyres.side
         if stock != shape[0] * (self.tower.patches // 4) or shape[-2:] != [side, side]:
             raise ValueError(

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
+import numpy as np
 from torch import Tensor
 from transformers import LlavaOnevisionModel, PreTrainedModel
 from transformers.processing_utils import ProcessorMixin
@@ -102,7 +103,7 @@ class LlavaOnevision(Family):
 
     def video_tokens(self, method: Method, stock: int, video_inputs: Any, index: int) -> int:
         """K times the frames of the video."""
-        shape = [int(length) for length in video_inputs["pixel_values_videos"][index].shape]
+        shape = [int(length) for length in np.shape(video_inputs["pixel_values_videos"][index])]
         pooled = self.frame_grid[0] * self.frame_grid[1]
         side = self.anyres.side
         if stock != shape[0] * pooled + 1 or shape[-2:] != [side, side]:
