@@ -9,7 +9,7 @@ import torch
 import vlmzip
 from contract import TOLERANCE, Case, cases, fresh, placeholders, with_tokens
 
-BATCHES = {"one": [1], "two images": [2], "mixed": [1, 2, 0], "text only": [0, 0]}
+BATCHES = {"one": [1], "mixed": [1, 2, 0], "text only": [0, 0]}  # images in each row
 
 
 @pytest.fixture(params=cases())
@@ -49,8 +49,7 @@ def text_of(case: Case, inputs: dict[str, Any], row: int, dropped: set[int]) -> 
     return [token for token in ids[keep].tolist() if token not in dropped]
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("counts", BATCHES.values(), ids=BATCHES)
+@pytest.mark.parametrize(("counts", "side"), [([2, 1], "left"), ([1, 2, 0], "right")])
 def test_forward_equals_the_slow_path(case: Case, counts: list[int], side: str) -> None:
     for method in case.methods:
         inputs = zipped_inputs(case, method, counts, side)
