@@ -99,8 +99,7 @@ class Attachment:
             placeholders: By kind, the prompt's placeholder tokens, [B, S] bool; an image or video has
                 one for each token that it keeps.
         """
-        latest = self._history.latest
-        if torch.compiler.is_compiling() or len(latest) < 2:
+        if torch.compiler.is_compiling() or len(latest := self._history.latest) < 2:
             return
         found = []
         for kind, mask_BS in placeholders.items():
