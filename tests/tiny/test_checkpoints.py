@@ -9,7 +9,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vlmzip.tiny import NAMES, load_tiny, tiny_path
 from vlmzip.tiny.accuracy import accuracy_table
-from vlmzip.tiny.testset import test_questions as questions_of
+from vlmzip.tiny.testset import exam_questions
 
 MEGABYTE = 2**20
 
@@ -17,19 +17,17 @@ MEGABYTE = 2**20
 @pytest.mark.parametrize("name", NAMES)
 def test_answers_most_of_the_first_questions_rightly(name):
     model, processor = load_tiny(name)
-    table = accuracy_table(model, processor, questions_of(70))
+    table = accuracy_table(model, processor, exam_questions(70))
     assert table["accuracy"] >= 0.75
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_loads_by_plain_from_pretrained(name):
-    model, info = AutoModelForImageTextToText.from_pretrained(
-        tiny_path(name), output_loading_info=True
-    )
+    model, info = AutoModelForImageTextToText.from_pretrained(tiny_path(name), output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     processor = AutoProcessor.from_pretrained(tiny_path(name))
-    question = questions_of(1)[0]
+    question = exam_questions(1)[0]
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question.question}]}]
     prompt = processor.apply_chat_template(chat, add_generation_prompt=True)
     inputs = processor(images=question.images, text=prompt, return_tensors="pt")
@@ -49,7 +47,9 @@ def test_has_the_shape_that_engines_ask_for(name):
     assert vision["num_hidden_layers"] >= 6
     assert text["max_position_embeddings"] >= 2048
     assert config["vision_feature_layer"] == -2
-    assert vision["model_type"] == ("clip_vision_model" if name == "tiny-llava" else "siglip_vision_model")
+    assert vision["model_type"] == (
+        "clip_vision_model" if name == "tiny-llava" else "siglip_vision_model"
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -10,15 +10,15 @@ from vlmzip.tiny.scenes import SIZE, Scene, Thing
 from vlmzip.tiny.testset import (
     SUBSET,
     TEST_HASH,
+    exam_hash,
+    exam_questions,
     pair_questions,
-    test_hash as hash_of,
-    test_questions as questions_of,
-)  # fmt: skip
+)
 
 
 @pytest.fixture(scope="module")
 def questions():
-    return questions_of()
+    return exam_questions()
 
 
 def thing(shape, colour, x, y, diameter=20.0):
@@ -64,16 +64,20 @@ def test_existence_is_true_to_the_scene():
 
 def test_captions_name_everything():
     text = caption(SCENE, np.random.default_rng(0))
-    assert sorted(text.split(", ")) == ["blue star bottom right", "red ring top left", "red star top right"]
+    assert sorted(text.split(", ")) == [
+        "blue star bottom right",
+        "red ring top left",
+        "red star top right",
+    ]
 
 
 def test_the_test_set_is_the_one_that_was_published(questions):
     assert len(questions) == 3150
-    assert hash_of(questions) == TEST_HASH
+    assert exam_hash(questions) == TEST_HASH
 
 
 def test_a_shorter_list_is_a_prefix(questions):
-    assert questions_of(SUBSET) == questions[:SUBSET]
+    assert exam_questions(SUBSET) == questions[:SUBSET]
     kinds = Counter(q.kind for q in questions[:SUBSET])
     assert max(kinds.values()) - min(kinds.values()) <= 1
 
@@ -81,7 +85,7 @@ def test_a_shorter_list_is_a_prefix(questions):
 @pytest.mark.parametrize("count", [0, -1, 3151])
 def test_a_count_that_is_not_there_is_refused(count):
     with pytest.raises(ValueError, match="between 1 and 3150"):
-        questions_of(count)
+        exam_questions(count)
 
 
 def test_answers_are_balanced_in_every_kind(questions):
@@ -109,7 +113,7 @@ def test_no_test_scene_is_a_training_scene(questions):
 
 def test_pairs_ask_about_the_image_they_name():
     pairs = pair_questions(28)
-    singles = questions_of(28)
+    singles = exam_questions(28)
     for pair, single in zip(pairs, singles, strict=True):
         named = pair.scenes[0] if "first image" in pair.question else pair.scenes[1]
         assert named == single.scenes[0]

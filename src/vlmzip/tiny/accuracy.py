@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import torch
+import typer
 from PIL import Image
 from rich.progress import track
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
+from . import NAMES, tiny_path
 from .scenes import COLOURS, SHAPES
-from .testset import TestQuestion
+from .testset import ExamQuestion, exam_questions, pair_questions
 
 __all__ = ["accuracy_table", "answer_all", "blind_accuracy"]
 
 
-def prompt_of(question: TestQuestion) -> list[dict[str, Any]]:
+def prompt_of(question: ExamQuestion) -> list[dict[str, Any]]:
     """The question as a chat of one user message, its images first."""
     content: list[dict[str, str]] = [{"type": "image"} for _ in question.scenes]
     return [{"role": "user", "content": [*content, {"type": "text", "text": question.question}]}]
@@ -28,7 +32,7 @@ def prompt_of(question: TestQuestion) -> list[dict[str, Any]]:
 def answer_all(
     model: LlavaForConditionalGeneration,
     processor: LlavaProcessor,
-    questions: Sequence[TestQuestion],
+    questions: Sequence[ExamQuestion],
     *,
     batch: int = 50,
     blank: bool = False,
@@ -51,7 +55,7 @@ def answer_all(
 def accuracy_table(
     model: LlavaForConditionalGeneration,
     processor: LlavaProcessor,
-    questions: Sequence[TestQuestion],
+    questions: Sequence[ExamQuestion],
     *,
     blank: bool = False,
 ) -> dict[str, Any]:
@@ -60,7 +64,7 @@ def accuracy_table(
     return _table(questions, [a == q.answer for a, q in zip(given, questions, strict=True)])
 
 
-def blind_accuracy(questions: Sequence[TestQuestion]) -> dict[str, Any]:
+def blind_accuracy(questions: Sequence[ExamQuestion]) -> dict[str, Any]:
     """What the best constant answer to every wording gets, the names in it left out.
 
     It is what somebody reaches who knows how answers are spread but sees no image.
@@ -76,7 +80,7 @@ def _wording(question: str) -> str:
     return re.sub("|".join((*COLOURS, *SHAPES)), "...", question)
 
 
-def _table(questions: Sequence[TestQuestion], right: Sequence[bool]) -> dict[str, Any]:
+def _table(questions: Sequence[ExamQuestion], right: Sequence[bool]) -> dict[str, Any]:
     kinds: dict[str, list[bool]] = defaultdict(list)
     for question, good in zip(questions, right, strict=True):
         kinds[question.kind].append(good)
@@ -85,3 +89,27 @@ def _table(questions: Sequence[TestQuestion], right: Sequence[bool]) -> dict[str
         for kind, marks in kinds.items()
     }
     return {"accuracy": round(sum(right) / len(right), 4), "n": len(right), "by_kind": by_kind}
+
+
+def main(
+    name: Annotated[str, typer.Argument(help=f"One of: {', '.join(NAMES)}.")],
+    checkpoint: Annotated[Path | None, typer.Option(help="Another folder than the shipped one.")] = None,
+    questions: Annotated[int, typer.Option(help="How many of the 3,150 test questions.")] = 3150,
+    blank: Annotated[bool, typer.Option(help="Show grey images instead of the scenes.")] = False,
+    pairs: Annotated[bool, typer.Option(help="Ask about one of two images (350 questions).")] = False,
+    constant: Annotated[bool, typer.Option(help="The best constant answers; no model.")] = False,
+) -> None:
+    """Print the accuracy by kind of an embedded model on the test questions, as JSON."""
+    asked = pair_questions() if pairs else exam_questions(questions)
+    if constant:
+        table = blind_accuracy(asked)
+    else:
+        folder = checkpoint or tiny_path(name)
+        model = LlavaForConditionalGeneration.from_pretrained(folder).eval()
+        table = accuracy_table(model, LlavaProcessor.from_pretrained(folder), asked, blank=blank)
+    typer.echo(json.dumps(table))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    typer.run(main)

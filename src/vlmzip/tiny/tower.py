@@ -84,7 +84,10 @@ class TowerLesson(nn.Module):
     def losses(
         self, images: torch.Tensor, labels: torch.Tensor, captions: torch.Tensor
     ) -> dict[str, torch.Tensor]:
-        """Each task's loss; images uint8 [B,96,96,3], labels [B,heads,144], captions [B,T] padded with -1."""
+        """Each task's loss, a scalar.
+
+        images uint8 [B, 96, 96, 3]; labels [B, heads, 144]; captions [B, T], padded with -1.
+        """
         seen = self.tower(pixels(images), output_hidden_states=True)
         scores = self._label(seen.hidden_states[FEATURE_LAYER]).split(list(HEADS.values()), dim=-1)
         result = {"caption": self.contrast(seen.pooler_output, captions)}

@@ -29,7 +29,7 @@ from .muon import optimisers
 from .questions import caption
 from .scenes import SHAPES
 from .stage import Figures, Log, run_stage
-from .testset import test_questions
+from .testset import exam_questions
 from .tower import FEATURE_LAYER, TowerLesson, pixels
 
 __all__ = ["Recipe", "train"]
@@ -214,7 +214,7 @@ def main(
     model = train(name, Recipe(), folder, data)
     processor = build_processor(name, build_tokenizer())
     save_checkpoint(model, processor, out)
-    table = accuracy_table(model, processor, test_questions())
+    table = accuracy_table(model, processor, exam_questions())
     Log(folder / "log.jsonl").write({"stage": "test", **table})
     typer.echo(table)
 
