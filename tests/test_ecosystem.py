@@ -230,7 +230,7 @@ def test_a_checkpoint_remembers_its_settings(case: Case, tmp_path: Any) -> None:
         plain = loaded.inputs([1])
         assert torch.equal(plain["input_ids"], stock_inputs["input_ids"])
         with torch.no_grad():
-            assert torch.equal(model(**plain).logits, stock)
+            assert torch.equal(model(**stock_inputs).logits, stock)
         with compress(model, processor) as again:
             assert again.method == zipped.method
             assert torch.equal(loaded.inputs([1, 2])["input_ids"], inputs["input_ids"])
