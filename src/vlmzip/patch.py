@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 _ABSENT = "vlmzip: no such instance attribute"
+_CHANGING = "vlmzip: any value"
 
 
 class Patches:
@@ -24,6 +25,10 @@ class Patches:
         """Set an instance attribute, noting what the instance had."""
         self._attributes.append((target, name, vars(target).get(name, _ABSENT), value))
         object.__setattr__(target, name, value)
+
+    def lend(self, target: Any, name: str) -> None:
+        """Note an instance attribute that the instance changes by itself, to give its value back."""
+        self._attributes.append((target, name, vars(target).get(name, _ABSENT), _CHANGING))
 
     def set_method(self, target: Any, name: str, function: Callable[..., Any]) -> None:
         """Set a method on the instance; bound methods survive ``copy.deepcopy``, closures do not."""
@@ -45,7 +50,7 @@ class Patches:
         for target, name, previous, value in reversed(self._attributes):
             if name == "forward" and _moved_by_accelerate(target):
                 target._old_forward = target._vlmzip_forward
-            elif vars(target).get(name, _ABSENT) is not value:
+            elif value is not _CHANGING and vars(target).get(name, _ABSENT) is not value:
                 continue  # accelerate, attached before us, was taken off before us
             elif previous is _ABSENT:
                 vars(target).pop(name, None)
