@@ -62,7 +62,7 @@ class Prompt:
 
 def attach(base: PreTrainedModel, state: MropeAttachment) -> None:
     """Compress what the tower's features methods return, and give the kept tokens their positions."""
-    state.patches.set(base, "rope_deltas", base.rope_deltas)  # the latest prompt's; comes back too
+    state.patches.lend(base, "rope_deltas")
     state.patches.set_forward(base, _forward)
     for name, method in (
         ("get_image_features", _get_image_features),

@@ -378,9 +378,9 @@ def test_another_models_video_token(case: Case) -> None:
 
 def test_media_without_a_placeholder(case: Case) -> None:
     with compress(case.model, case.processor, METHOD):
-        with pytest.raises(ValueError, match=r"0 .* placeholders for 1 videos"):
+        with pytest.raises(ValueError, match=r"placeholders for 1 videos|number of videos"):
             process(case, ["I"], [image(1)], [video(1, 4)])
-        with pytest.raises(ValueError, match=r"2 .* placeholders for 1 images"):
+        with pytest.raises(ValueError, match=r"placeholders for 1 images|number of images"):
             process(case, ["I I"], [image(1)])
 
 
