@@ -179,6 +179,14 @@ def test_not_a_number_from_the_high_resolution_is_an_error(small: tuple[Any, Any
         model(**made(processor))
 
 
+def test_a_layer_that_was_changed_meanwhile_is_an_error(small: tuple[Any, Any]) -> None:
+    model, processor = copy.deepcopy(small)
+    with compress(model, processor, VisionZip(tokens=12)):
+        model.config.vision_feature_layer = -3
+        with pytest.raises(ValueError, match="compress again"):
+            model(**made(processor))
+
+
 def test_another_model_s_processor_is_refused(small: tuple[Any, Any]) -> None:
     with pytest.raises(ValueError, match="needs a MiniGeminiProcessor, got LlavaProcessor"):
         compress(small[0], llava.build(image_size=112)[1], VisionZip(tokens=12))

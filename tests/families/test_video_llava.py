@@ -326,6 +326,23 @@ def test_arguments_that_contradict_the_compression(small: tuple[Any, Any]) -> No
             model(**inputs, vision_feature_select_strategy="full")
 
 
+@pytest.mark.parametrize("kind", ["image", "video"])
+@pytest.mark.parametrize(
+    "change", [{"vision_feature_layer": -3}, {"vision_feature_select_strategy": "full"}], ids=str
+)
+def test_a_config_that_was_changed_meanwhile(
+    small: tuple[Any, Any], kind: str, change: dict[str, Any]
+) -> None:
+    model, processor = copy.deepcopy(small)
+    given: dict[str, Any] = {"images": [picture(1)]} if kind == "image" else {"videos": [video(1, 2)]}
+    with compress(model, processor, VisionZip(tokens=17)):
+        inputs = processor(text=[f"<{kind}>"], return_tensors="pt", **given)
+        for name, value in change.items():
+            setattr(model.config, name, value)
+        with pytest.raises(ValueError, match="compress again"):
+            model(**inputs)
+
+
 def test_a_tower_without_a_cls_token_is_refused(small: tuple[Any, Any]) -> None:
     config = copy.deepcopy(small[0].config)
     config.vision_config.model_type = "siglip_vision_model"

@@ -89,6 +89,19 @@ def test_layers_that_were_not_attached_to_are_refused() -> None:
         model(**inputs, vision_feature_layers=[-2, -3, 1])
 
 
+@pytest.mark.parametrize("part", ["layers", "tower"])
+def test_a_config_that_was_changed_meanwhile(part: str) -> None:
+    model, processor = build(image_size=112)
+    with compress(model, processor, VisionZip(tokens=12)):
+        inputs = processor(images=[picture(1)], text=["<image>"], return_tensors="pt")
+        if part == "layers":
+            model.config.vision_feature_layers = (-2, -4)
+        else:
+            model.config.vision_config.image_size = 224
+        with pytest.raises(ValueError, match="compress again"):
+            model(**inputs)
+
+
 def test_a_processor_that_keeps_cls_is_refused() -> None:
     model, processor = build(image_size=112)
     processor.vision_feature_select_strategy = "full"

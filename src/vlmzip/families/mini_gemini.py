@@ -65,6 +65,7 @@ def _get_image_features(
     state: Attachment = self._vlmzip
     tower: Tower = state.family.tower
     tower.check_layer(self.config, "vision_feature_layer", None)
+    state.family.check_unchanged(self.config)
     with state.tap.listen() as reading:
         outputs, hidden_BND = self.encode_low(pixel_values, **kwargs)
         ((scores_BN, keys_BNd),) = reading.take()

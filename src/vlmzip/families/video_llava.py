@@ -4,14 +4,13 @@ import functools
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-import numpy as np
 from torch import Tensor
 from transformers import PreTrainedModel, VideoLlavaModel
 from transformers.processing_utils import ProcessorMixin
 
 from vlmzip.attachment import Attachment, selections_of
 from vlmzip.errors import UnsupportedModelError
-from vlmzip.families.base import Card, explain_mismatch, register
+from vlmzip.families.base import Card, check_video_processor, place_in_prompt, register
 from vlmzip.families.llava import Llava, check_strategy
 from vlmzip.methods.base import Method
 from vlmzip.towers import Tower
@@ -66,7 +65,7 @@ class VideoLlava(Llava):
         self.tower.attach(base.video_tower, state)
         state.patches.set_method(base, "get_image_features", _get_image_features)
         state.patches.set_method(base, "get_video_features", _get_video_features)
-        state.patches.set_method(base, "get_placeholder_mask", _get_placeholder_mask)
+        state.patches.set_method(base, "get_placeholder_mask", place_in_prompt)
         self.tower.compress_before(base.multi_modal_projector, state)
 
     def video_tokens(self, method: Method, stock: int, video_inputs: Any, index: int) -> int:
@@ -92,18 +91,7 @@ class VideoLlava(Llava):
     def check_processor(self, processor: ProcessorMixin, config: Any, method: Method) -> None:
         """Check, on a dummy image and a dummy video, that a processor fits this model."""
         super().check_processor(processor, config, method)
-        if processor.video_token_id != config.video_token_id:
-            raise ValueError(
-                f"the processor's video token has id {processor.video_token_id}, the model's "
-                f"{config.video_token_id}: the processor is another model's"
-            )
-        frames = np.zeros((1, 64, 48, 3), dtype=np.uint8)
-        try:
-            inputs = processor(videos=[frames], text=[processor.video_token])
-        except Exception as error:
-            raise ValueError(f"the processor cannot process a video: {error}") from error
-        stock = [int(token) for token in inputs["input_ids"][0]].count(config.video_token_id)
-        self.video_tokens(method, stock, inputs, 0)
+        check_video_processor(self, processor, config, method)
 
 
 @functools.wraps(VideoLlavaModel.get_image_features)
@@ -141,6 +129,7 @@ def _get_video_features(
     state: Attachment = self._vlmzip
     tower: Tower = state.family.tower
     tower.check_layer(self.config, "vision_feature_layer", vision_feature_layer)
+    state.family.check_unchanged(self.config)
     with state.tap.listen() as reading:
         features = type(self).get_video_features(
             self, pixel_values_videos, vision_feature_layer=vision_feature_layer, **kwargs
@@ -148,10 +137,3 @@ def _get_video_features(
     videos, frames = pixel_values_videos.shape[:2]
     state.record(selections_of(reading.zipped, tower.grid, [frames] * videos), "video")
     return features
-
-
-def _get_placeholder_mask(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """The stock masks, which tell in what order the prompt has its images and videos."""
-    image_mask_BS1, video_mask_BS1 = explain_mismatch(self, *args, **kwargs)
-    self._vlmzip.arrange(image=image_mask_BS1.squeeze(-1), video=video_mask_BS1.squeeze(-1))
-    return image_mask_BS1, video_mask_BS1

@@ -64,6 +64,7 @@ def _get_image_features(
     state: Attachment = self._vlmzip
     tower: Tower = state.family.tower
     tower.check_layer(self.config, "vision_feature_layers", vision_feature_layers)
+    state.family.check_unchanged(self.config)
     layers = tower.layer if isinstance(tower.layer, tuple) else (tower.layer,)
     with state.tap.listen() as reading:
         outputs = self.vision_tower(pixel_values, **{**kwargs, "output_hidden_states": True})
