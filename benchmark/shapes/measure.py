@@ -7,6 +7,7 @@ over the rounds, ratios medians of each round's own ratio.
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -79,6 +80,11 @@ def compare(
             paired = [a[column] / b[column] for a, b in zip(stock, found, strict=True)]
             print(f"{statistics.median(paired):{width}.2f}", end="")
         print(f"{found[0]['cache']:10.1f}{middle(found, 'peak'):9.0f}")
+
+
+def progress(row: str, found: Row) -> None:
+    """Say on stderr what a run took: on a CPU it takes long."""
+    print(row, {column: round(value) for column, value in found.items()}, file=sys.stderr, flush=True)
 
 
 def middle(found: list[Row], column: str) -> float:
