@@ -240,6 +240,17 @@ def test_tuple_output(pair: tuple[Any, Any]) -> None:
     assert torch.equal(plain[-1], named.pooler_output)
 
 
+def test_a_copy_pools_by_itself(pair: tuple[Any, Any]) -> None:
+    model, processor = pair
+    zipped = compress(model, processor, VisionZip(tokens=6))
+    inputs = processor(text="<video>", videos=[video(1, 2)], return_tensors="pt")
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        twin = copy.deepcopy(model)
+        zipped.remove()
+        assert torch.equal(twin(**inputs).logits, expected)
+
+
 def test_pooling_outside_a_forward_is_stock(pair: tuple[Any, Any]) -> None:
     model, _ = pair
     tokens = torch.randn(2, 49, 64)

@@ -28,7 +28,8 @@ class LlavaNext(Family):
     placeholders. The base view's tokens come first, then the crops' kept patches in the raster order of
     the whole image, then the crops' CLS tokens, then their contextual tokens, crop by crop; with
     ``order="raster"`` the contextual tokens stand among the patches, at their targets' places. Kept
-    patches may lie in the padding round an image, as in the reference.
+    patches may lie in the padding round an image, as in the reference; so near K = N an image with much
+    padding has more tokens than without compression, which cuts its padding off.
     """
 
     tower: Tower
