@@ -45,7 +45,9 @@ def test_cmyk_jpeg_is_close_to_its_colours(tmp_path: Path) -> None:
     ("mode", "name"), [("I;16", "a.png"), ("I;16", "a.tif"), ("I;16B", "b.tif"), ("I;16", "a.pgm")]
 )
 def test_16_bits_are_scaled_and_not_clipped(tmp_path: Path, mode: str, name: str) -> None:
-    values = np.array([[0, 257 * 100 + 60], [257 * 200 - 70, 65535]], dtype=">u2" if mode.endswith("B") else "<u2")
+    values = np.array(
+        [[0, 257 * 100 + 60], [257 * 200 - 70, 65535]], dtype=">u2" if mode.endswith("B") else "<u2"
+    )
     image = Image.frombytes(mode, (2, 2), values.tobytes())
     if name.endswith("pgm"):
         path = tmp_path / name
