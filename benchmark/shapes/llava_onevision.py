@@ -1,4 +1,4 @@
-"""LLaVA-OneVision-7B: an image of five views and a video of eight frames."""
+"""LLaVA-OneVision-7B: an image of three views and a video of four frames."""
 
 import torch
 from measure import arguments, compare, random_model
@@ -18,24 +18,24 @@ def main() -> None:
         num_key_value_heads=4,
     )
     config = LlavaOnevisionConfig(text_config=text)
-    model = random_model(LlavaOnevisionForConditionalGeneration, config)
-    title = f"llava-onevision-qwen2-7b, {given.layers} LLM layers, bf16, {given.threads} threads"
+    model = random_model(LlavaOnevisionForConditionalGeneration, config, given.dtype)
+    title = f"llava-onevision-qwen2-7b, {given.layers} LLM layers, {given.dtype}, {given.threads} threads"
     methods = {f"tokens={tokens}": VisionZip(tokens=tokens) for tokens in (128, 64)}
 
-    pixels = torch.randn(1, 5, 3, 384, 384).bfloat16()
-    sizes = torch.tensor([[768, 768]])
+    pixels = torch.randn(1, 3, 3, 384, 384).to(model.dtype)
+    sizes = torch.tensor([[384, 768]])
     compare(
-        f"{title}, image 768 x 768",
+        f"{title}, image 768 x 384",
         model,
         methods,
         lambda: model.get_image_features(pixels, sizes),
         "image",
         given.rounds,
     )
-    frames = torch.randn(1, 8, 3, 384, 384).bfloat16()
+    frames = torch.randn(1, 4, 3, 384, 384).to(model.dtype)
     methods = {f"tokens={tokens}": VisionZip(tokens=tokens) for tokens in (32, 16)}
     compare(
-        f"{title}, video of 8 frames",
+        f"{title}, video of 4 frames",
         model,
         methods,
         lambda: model.get_video_features(frames),

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.initialization import no_init_weights
 
 from vlmzip import compress
 from vlmzip.methods import Method
@@ -23,24 +24,37 @@ Row = dict[str, float]
 
 
 def arguments(about: str) -> argparse.Namespace:
-    """--rounds, --threads and --layers."""
+    """--rounds, --threads, --layers and --dtype."""
     parser = argparse.ArgumentParser(description=about)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--layers", type=int, default=1, help="layers of the language model")
+    parser.add_argument(
+        "--dtype",
+        default="bfloat16",
+        choices=("bfloat16", "float32"),
+        help="CPUs without bf16 instructions are many times slower in bfloat16",
+    )
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     return given
 
 
-def random_model(cls: type, config: Any) -> Any:
-    """A bf16 model of that config; the same weights every time."""
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
+def random_model(cls: type, config: Any, dtype: str = "bfloat16") -> Any:
+    """A model of that config; the same weights every time, quickly: one random block repeated."""
+    block = 0.02 * torch.randn(1_000_003, generator=torch.Generator().manual_seed(0))
+    torch.set_default_dtype(getattr(torch, dtype))
     try:
-        return cls(config).eval()
+        with no_init_weights():
+            model = cls(config).eval()
     finally:
         torch.set_default_dtype(torch.float32)
+    for name, weights in model.named_parameters():
+        size = weights.numel()
+        weights.data.copy_(block.repeat(-(-size // len(block)))[:size].view_as(weights))
+        if weights.ndim == 1 and "norm" in name and name.endswith("weight"):
+            weights.data += 1
+    return model
 
 
 def compare(
@@ -60,20 +74,21 @@ def compare(
         methods: By row name.
         encode: Calls ``get_image_features`` or ``get_video_features``.
         kind: "image" or "video".
-        rounds: Measured rounds, after one that warms up.
+        rounds: Rounds; if there are several, the first one warms up and does not count.
         beside: Makes what the model needs beside the prompt's ids [1, T], such as token types.
     """
     runs: dict[str, list[Row]] = {"none": [], **{row: [] for row in methods}}
-    for _ in range(rounds + 1):
+    for _ in range(rounds):
         runs["none"].append(once(model, encode, kind, beside))
         for row, method in methods.items():
             with compress(model, None, method):
                 runs[row].append(once(model, encode, kind, beside))
-    print(f"{name}, {rounds} rounds")
+    first = min(1, rounds - 1)
+    print(f"{name}, rounds that count: {rounds - first}")
     print(f"{'':18}{'tokens':>8}{'encode ms':>11}{'prefill ms':>12}", end="")
     print(f"{'encode x':>10}{'prefill x':>11}{'both x':>8}{'cache MB':>10}{'peak MB':>9}")
     for row, found in runs.items():
-        stock, found = runs["none"][1:], found[1:]
+        stock, found = runs["none"][first:], found[first:]
         print(f"{row:18}{found[0]['tokens']:8.0f}", end="")
         print(f"{middle(found, 'encode'):11.0f}{middle(found, 'prefill'):12.0f}", end="")
         for column, width in (("encode", 10), ("prefill", 11), ("both", 8)):
