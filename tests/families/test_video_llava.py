@@ -4,28 +4,17 @@ import copy
 import pickle
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 
+from contract import image
 from slow import video_llava as slow
-from vlmzip import Random, UnsupportedModelError, VisionZip, compress
-from vlmzip.families import family_of
+from vlmzip import Random, VisionZip, compress
 from vlmzip.tiny.random import build as build_random
 from vlmzip.tiny.random.video_llava import build
 
 pytestmark = pytest.mark.needs_torchvision
-
-
-def picture(seed: int, size: tuple[int, int] = (80, 60)) -> Image.Image:
-    rng = np.random.default_rng(seed)
-    return Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
-
-
-def video(seed: int, frames: int, size: tuple[int, int] = (70, 90)) -> np.ndarray[Any, Any]:
-    return np.stack([np.asarray(picture(100 * seed + i, size)) for i in range(frames)])
 
 
 @pytest.fixture(scope="module")
@@ -60,10 +49,10 @@ def compare(model: Any, processor: Any, method: VisionZip, **given: Any) -> Any:
 
 def test_eight_frames_keep_17_each_in_the_paper_s_budget() -> None:
     model, processor = build_random("video_llava")
-    full = processor(videos=[video(1, 8)], text=["<video>"], return_tensors="pt")
+    full = processor(videos=[slow.video(1, 8)], text=["<video>"], return_tensors="pt")
     assert int((full["input_ids"] == model.config.video_token_id).sum()) == 8 * 257
     with compress(model, processor, VisionZip(tokens=17)) as zipped:
-        inputs = processor(videos=[video(1, 8)], text=["<video>"], return_tensors="pt")
+        inputs = processor(videos=[slow.video(1, 8)], text=["<video>"], return_tensors="pt")
         model.generate(**inputs, max_new_tokens=1)
         (last,) = zipped.last
     assert int((inputs["input_ids"] == model.config.video_token_id).sum()) == 136
@@ -89,7 +78,7 @@ def test_eight_frames_keep_17_each_in_the_paper_s_budget() -> None:
 def test_a_video_of_any_number_of_frames_is_what_the_slow_path_says(
     small: tuple[Any, Any], frames: int, method: VisionZip
 ) -> None:
-    inputs, (last,) = compare(*small, method, videos=[video(2, frames)], text=["see <video> so"])
+    inputs, (last,) = compare(*small, method, videos=[slow.video(2, frames)], text=["see <video> so"])
     assert inputs["pixel_values_videos"].shape[1] == frames
     assert len(last.dominant) == frames
 
@@ -107,8 +96,8 @@ def test_a_video_of_any_number_of_frames_is_what_the_slow_path_says(
 def test_mixed_prompts_get_their_features_and_their_record_in_order(
     small: tuple[Any, Any], text: list[str], order: str
 ) -> None:
-    images = [picture(i, (50 + 20 * i, 64)) for i in range(order.count("i"))]
-    videos = [video(i, 3) for i in range(order.count("v"))]
+    images = [image(i, 50 + 20 * i, 64) for i in range(order.count("i"))]
+    videos = [slow.video(i, 3) for i in range(order.count("v"))]
     _, last = compare(*small, VisionZip(tokens=17), images=images, videos=videos, text=text)
     assert [len(entry.dominant) for entry in last] == [{"i": 1, "v": 3}[kind] for kind in order]
     # Each entry is of its own image or video, not only of its kind.
@@ -132,8 +121,8 @@ def test_generating_from_a_mixed_batch_records_each_image_once(
     model, processor = small
     with compress(model, processor, VisionZip(tokens=17)) as zipped:
         inputs = processor(
-            images=[picture(1), picture(2)],
-            videos=[video(1, 2)],
+            images=[image(1), image(2)],
+            videos=[slow.video(1, 2)],
             text=["<video> then <image>", "<image>"],
             padding=True,
             return_tensors="pt",
@@ -147,20 +136,20 @@ def test_a_later_forward_without_videos_reports_its_images_only(small: tuple[Any
     with compress(model, processor, VisionZip(tokens=17)) as zipped, torch.no_grad():
         model(
             **processor(
-                images=[picture(1)], videos=[video(1, 2)], text=["<video><image>"], return_tensors="pt"
+                images=[image(1)], videos=[slow.video(1, 2)], text=["<video><image>"], return_tensors="pt"
             )
         )
         assert len(zipped.last) == 2
-        model(**processor(images=[picture(2)] * 3, text=["<image>" * 3], return_tensors="pt"))
+        model(**processor(images=[image(2)] * 3, text=["<image>" * 3], return_tensors="pt"))
         assert [len(entry.dominant) for entry in zipped.last] == [1, 1, 1]
-        model(**processor(videos=[video(3, 4)], text=["<video>"], return_tensors="pt"))
+        model(**processor(videos=[slow.video(3, 4)], text=["<video>"], return_tensors="pt"))
         assert [len(entry.dominant) for entry in zipped.last] == [4]
 
 
 def test_generate_equals_greedy_decoding_by_hand(small: tuple[Any, Any]) -> None:
     model, processor = small
     method = VisionZip(tokens=17)
-    given = {"images": [picture(5)], "videos": [video(5, 3)], "text": ["<video> or <image>?"]}
+    given = {"images": [image(5)], "videos": [slow.video(5, 3)], "text": ["<video> or <image>?"]}
     with compress(model, processor, method):
         inputs = processor(return_tensors="pt", **given)
         out = model.generate(**inputs, max_new_tokens=5, do_sample=False, eos_token_id=-1)
@@ -176,7 +165,7 @@ def test_generate_equals_greedy_decoding_by_hand(small: tuple[Any, Any]) -> None
 
 def test_both_towers_are_tapped_and_given_back(small: tuple[Any, Any]) -> None:
     model, processor = small
-    given = {"images": [picture(1)], "videos": [video(1, 3)], "text": ["<image> <video>"]}
+    given = {"images": [image(1)], "videos": [slow.video(1, 3)], "text": ["<image> <video>"]}
     inputs = processor(return_tensors="pt", **given)
     with torch.no_grad():
         before = model(**inputs).logits
@@ -194,7 +183,7 @@ def test_both_towers_are_tapped_and_given_back(small: tuple[Any, Any]) -> None:
 def test_features_of_images_and_videos_without_a_processor(small: tuple[Any, Any]) -> None:
     model, processor = small
     inputs = processor(
-        images=[picture(1)] * 2, videos=[video(1, 3)] * 2, text=["<image><image><video><video>"]
+        images=[image(1)] * 2, videos=[slow.video(1, 3)] * 2, text=["<image><image><video><video>"]
     )
     with compress(model, None, VisionZip(tokens=17)) as zipped:
         images = model.get_image_features(inputs["pixel_values_images"]).pooler_output
@@ -209,7 +198,10 @@ def test_gradients_reach_both_towers_through_the_kept_tokens(small: tuple[Any, A
     model, processor = copy.deepcopy(small)
     with compress(model, processor, VisionZip(tokens=17)):
         inputs = processor(
-            images=[picture(1)], videos=[video(1, 3)], text=["<image> <video> yes"], return_tensors="pt"
+            images=[image(1)],
+            videos=[slow.video(1, 3)],
+            text=["<image> <video> yes"],
+            return_tensors="pt",
         )
         model(**inputs, labels=inputs["input_ids"]).loss.backward()
     for tower in (model.model.image_tower, model.model.video_tower):
@@ -220,131 +212,13 @@ def test_a_compressed_processor_pickles_with_its_video_part(small: tuple[Any, An
     model, processor = small
     with compress(model, processor, VisionZip(tokens=17)):
         other = pickle.loads(pickle.dumps(processor))
-        given = {"videos": [video(1, 3)], "text": ["<video>"], "return_tensors": "pt"}
+        given = {"videos": [slow.video(1, 3)], "text": ["<video>"], "return_tensors": "pt"}
         assert torch.equal(other(**given)["input_ids"], processor(**given)["input_ids"])
 
 
 def test_other_methods_compress_frames_too(small: tuple[Any, Any]) -> None:
     model, processor = small
     with compress(model, processor, Random(tokens=5)) as zipped:
-        inputs = processor(videos=[video(1, 3)], text=["<video>"], return_tensors="pt")
+        inputs = processor(videos=[slow.video(1, 3)], text=["<video>"], return_tensors="pt")
         model.generate(**inputs, max_new_tokens=1)
         assert zipped.last[0].dominant.shape == (3, 5)
-
-
-# --- what is refused --------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("given", "text", "message"),
-    [
-        ({"videos": 1}, "no placeholder", "0 <video> placeholders for 1 videos"),
-        ({"videos": 1}, "<video><video>", "2 <video> placeholders for 1 videos"),
-        ({"videos": 2}, "<video>", "1 <video> placeholders for 2 videos"),
-        ({"images": 1}, "<image> <video>", "1 <video> placeholders and nothing to put there"),
-        ({"videos": 1}, "<image> <video>", "1 <image> placeholders and nothing to put there"),
-        ({"images": 1, "videos": 1}, "<video>", "0 <image> placeholders for 1 images"),
-    ],
-    ids=str,
-)
-def test_placeholders_and_inputs_that_are_not_as_many(
-    small: tuple[Any, Any], given: dict[str, int], text: str, message: str
-) -> None:
-    model, processor = small
-    inputs: dict[str, Any] = {}
-    if "images" in given:
-        inputs["images"] = [picture(i) for i in range(given["images"])]
-    if "videos" in given:
-        inputs["videos"] = [video(i, 2) for i in range(given["videos"])]
-    with compress(model, processor, VisionZip(tokens=17)), pytest.raises(ValueError, match=message):
-        processor(text=[text], **inputs)
-
-
-def test_text_and_expanded_prompts_pass_without_pixels(small: tuple[Any, Any]) -> None:
-    model, processor = small
-    with compress(model, processor, VisionZip(tokens=17)):
-        model.generate(**processor(text=["hello"], return_tensors="pt"), max_new_tokens=1)
-        again = processor(text=["<video>" * 34], return_tensors="pt")["input_ids"]
-        assert int((again == model.config.video_token_id).sum()) == 34
-
-
-def test_a_prompt_of_another_processor_is_explained(small: tuple[Any, Any]) -> None:
-    model, processor = small
-    stock = copy.deepcopy(processor)
-    with (
-        compress(model, processor, VisionZip(tokens=17)),
-        pytest.raises(ValueError, match="compressed with"),
-    ):
-        model(**stock(videos=[video(1, 2)], text=["<video>"], return_tensors="pt"))
-
-
-def test_frames_of_another_size_are_refused(small: tuple[Any, Any]) -> None:
-    model, processor = small
-    with (
-        compress(model, processor, VisionZip(tokens=17)),
-        pytest.raises(ValueError, match=r"of a video of 2 frames where this model has 65 a frame"),
-    ):
-        processor(
-            videos=[video(1, 2)],
-            text=["<video>"],
-            size={"shortest_edge": 224},
-            crop_size={"height": 224, "width": 224},
-        )
-
-
-@pytest.mark.parametrize("change", ["image size", "video size", "strategy", "video token"])
-def test_a_processor_of_another_model_is_refused(small: tuple[Any, Any], change: str) -> None:
-    model, processor = small[0], copy.deepcopy(small[1])
-    if change == "image size":
-        processor.image_processor = build(image_size=224)[1].image_processor
-    elif change == "video size":
-        processor.video_processor = build(image_size=224)[1].video_processor
-    elif change == "strategy":
-        processor.vision_feature_select_strategy = "full"
-    else:
-        processor.video_token_id += 1
-    with pytest.raises(ValueError, match="another model's"):
-        compress(model, processor, VisionZip(tokens=17))
-    assert "_vlmzip" not in vars(model.model)
-
-
-def test_budgets_that_do_not_fit(small: tuple[Any, Any]) -> None:
-    with pytest.raises(ValueError, match="a view has only 65 tokens"):
-        compress(*small, VisionZip(tokens=66))
-    with pytest.raises(ValueError, match="total_tokens=136 is a budget for images that are cut"):
-        compress(*small, VisionZip(total_tokens=136))
-
-
-def test_arguments_that_contradict_the_compression(small: tuple[Any, Any]) -> None:
-    model, processor = small
-    with compress(model, processor, VisionZip(tokens=17)):
-        inputs = processor(videos=[video(1, 2)], text=["<video>"], return_tensors="pt")
-        with pytest.raises(ValueError, match="vision_feature_layer=-1 differs from -2"):
-            model(**inputs, vision_feature_layer=-1)
-        inputs = processor(images=[picture(1)], text=["<image>"], return_tensors="pt")
-        with pytest.raises(ValueError, match="vision_feature_select_strategy='full' was passed"):
-            model(**inputs, vision_feature_select_strategy="full")
-
-
-@pytest.mark.parametrize("kind", ["image", "video"])
-@pytest.mark.parametrize(
-    "change", [{"vision_feature_layer": -3}, {"vision_feature_select_strategy": "full"}], ids=str
-)
-def test_a_config_that_was_changed_meanwhile(
-    small: tuple[Any, Any], kind: str, change: dict[str, Any]
-) -> None:
-    model, processor = copy.deepcopy(small)
-    given: dict[str, Any] = {"images": [picture(1)]} if kind == "image" else {"videos": [video(1, 2)]}
-    with compress(model, processor, VisionZip(tokens=17)):
-        inputs = processor(text=[f"<{kind}>"], return_tensors="pt", **given)
-        for name, value in change.items():
-            setattr(model.config, name, value)
-        with pytest.raises(ValueError, match="compress again"):
-            model(**inputs)
-
-
-def test_a_tower_without_a_cls_token_is_refused(small: tuple[Any, Any]) -> None:
-    config = copy.deepcopy(small[0].config)
-    config.vision_config.model_type = "siglip_vision_model"
-    with pytest.raises(UnsupportedModelError, match="expected to have a CLS token"):
-        family_of(config)

@@ -2,10 +2,12 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 import reference
+from contract import image
 from slow import zip_view
 from slow.llava import project, run_tower
 from vlmzip.tiny.random.video_llava import build
@@ -18,6 +20,11 @@ def builds() -> dict[str, Any]:
         "default": lambda: build(image_size=112),
         "full, two layers": lambda: build(image_size=112, strategy="full", layer=[-2, 1]),
     }
+
+
+def video(seed: int, frames: int) -> np.ndarray[Any, Any]:
+    """[frames, 90, 70, 3] uint8; no two frames are alike."""
+    return np.stack([np.asarray(image(100 * seed + i, 70, 90)) for i in range(frames)])
 
 
 def features(model: Any, inputs: Any, method: Any) -> list[Tensor]:
