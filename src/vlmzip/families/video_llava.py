@@ -33,7 +33,8 @@ class VideoLlava(Llava):
         tower="CLIP-like, one for images and one for videos (CLS sent on)",
         layer="vision_feature_layer, usually -2",
         compressed="before the projector",
-        count="K an image, K x frames a video",
+        count="K an image, K x frames a video; the paper's 136 are 8 x 17, how it splits the 17 is not "
+        "published (14 + 3 here)",
         tested="tiny random models, CPU; images, videos, both in one prompt",
         untested="GPU, FlashAttention kernels, published checkpoints, FSDP, DeepSpeed",
     )
