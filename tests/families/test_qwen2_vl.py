@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers.modeling_utils import AttentionInterface
 
-from contract import TOLERANCE, Case, embedded_logits, fresh, image, with_tokens
+from contract import TOLERANCE, Case, embedded_logits, fresh, image
 from slow import qwen2_vl as slow
 from vlmzip import Random, UnsupportedModelError, VisionZip, compress
 from vlmzip.families import family_of
@@ -262,24 +262,49 @@ def test_features_encoded_earlier_bring_their_selection_along(case: Case) -> Non
                 assert torch.equal(out, generated)
 
 
-def test_a_second_turn_with_a_video_by_hand(case: Case) -> None:
-    """A custom loop over forward(): the second prompt goes on where the first one's image ended."""
+def test_later_turns_by_hand(case: Case) -> None:
+    """A custom loop over forward(): each prompt goes on where the last one's images ended."""
     with torch.no_grad(), compress(case.model, case.processor, METHOD):
-        first = process(case, ["a I b"], [image(1, 150, 130)])
-        second = process(case, [" so V and I?"], [image(2, 70, 230)], [video(1, 4)])
-        out = case.model(**first, use_cache=True)
-        mask = torch.cat([first["attention_mask"], second["attention_mask"]], 1)
-        logits = case.model(
-            **{**second, "attention_mask": mask}, past_key_values=out.past_key_values
-        ).logits
-    whole = with_tokens(first, second["input_ids"])
-    whole["mm_token_type_ids"] = torch.cat([first["mm_token_type_ids"], second["mm_token_type_ids"]], 1)
-    for name in ("pixel_values", "image_grid_thw"):
-        whole[name] = torch.cat([first[name], second[name]])
-    for name in second:
-        whole.setdefault(name, second[name])
-    expected = by_hand(case, whole, METHOD)[:, first["input_ids"].shape[1] :]
-    torch.testing.assert_close(logits, expected, **TOLERANCE)
+        turns = [
+            process(case, ["a I b", "b"], [image(1, 150, 130)]),
+            process(case, [" so V and I?", " I"], [image(2, 70, 230), image(3)], [video(1, 4)]),
+            process(case, [" and then?", " yes"]),
+        ]
+        cache, found, whole = None, [], {}
+        for turn in turns:
+            for name, value in turn.items():
+                side_by_side = name in ("input_ids", "attention_mask", "mm_token_type_ids")
+                parts = [whole[name], value] if name in whole else [value]
+                joined = torch.cat(parts, int(side_by_side)) if len(parts) > 1 else value
+                whole[name] = joined
+            given = {**turn, "attention_mask": whole["attention_mask"]}
+            if "pixel_values" not in turn:  # as generate() counts on
+                after = whole["attention_mask"].cumsum(1) - 1 + case.model.model.rope_deltas
+                given["position_ids"] = after[:, -turn["input_ids"].shape[1] :].expand(3, -1, -1)
+            out = case.model(**given, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            found.append(out.logits)
+    in_order = {**whole, **by_row(turns, case)}
+    expected = by_hand(case, in_order, METHOD)
+    real = whole["attention_mask"].bool()
+    torch.testing.assert_close(torch.cat(found, 1)[real], expected[real], **TOLERANCE)
+
+
+def by_row(turns: list[dict[str, Any]], case: Case) -> dict[str, Any]:
+    """Pixels and sizes of the whole talk's images, first row first."""
+    token = case.model.config.image_token_id
+    pixels: list[list[Any]] = [[], []]
+    for turn in turns[:2]:
+        sizes = turn["image_grid_thw"].prod(-1).tolist()
+        parts = list(zip(turn["pixel_values"].split(sizes), turn["image_grid_thw"], strict=True))
+        rows = [row for row, ids in enumerate(turn["input_ids"]) if token in ids.tolist()]
+        for row, part in zip(rows, parts, strict=True):
+            pixels[row].append(part)
+    ordered = pixels[0] + pixels[1]
+    return {
+        "pixel_values": torch.cat([part for part, _ in ordered]),
+        "image_grid_thw": torch.stack([grid for _, grid in ordered]),
+    }
 
 
 def test_beams_keep_each_prompts_images(case: Case) -> None:
