@@ -18,7 +18,7 @@ def main(
         model, processor = build(family)
         model.save_pretrained(out)
         processor.save_pretrained(out)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
     typer.echo(f"wrote a tiny random {family} to {out}")
