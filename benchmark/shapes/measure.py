@@ -80,9 +80,11 @@ def compare(
     runs: dict[str, list[Row]] = {"none": [], **{row: [] for row in methods}}
     for _ in range(rounds):
         runs["none"].append(once(model, encode, kind, beside))
+        progress("none", runs["none"][-1])
         for row, method in methods.items():
             with compress(model, None, method):
                 runs[row].append(once(model, encode, kind, beside))
+            progress(row, runs[row][-1])
     first = min(1, rounds - 1)
     print(f"{name}, rounds that count: {rounds - first}")
     print(f"{'':18}{'tokens':>8}{'encode ms':>11}{'prefill ms':>12}", end="")
