@@ -70,4 +70,5 @@ clean:  ## Remove virtual environments, builds and caches
 		> .venv-newest/constraints.txt
 	.venv-newest/bin/pip install --quiet --upgrade -c .venv-newest/constraints.txt \
 		-e '.[dev]' 'transformers>=5.19,<6'
+	.venv-newest/bin/pip install --quiet --no-deps torchvision==0.28.0
 	touch $@

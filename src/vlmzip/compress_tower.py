@@ -94,7 +94,8 @@ class CompressedTower:
             ((scores, keys),) = reading.take()
         hidden: Tensor = output.hidden_states[self._spec.layer]
         if not self._packed:
-            return self._state.zip_views(hidden, scores, keys, self._spec.grid)
+            out: ZipOutput = self._state.zip_views(hidden, scores, keys, self._spec.grid)
+            return out
         outs = []
         for i, (h, w) in enumerate(kwargs["spatial_shapes"].tolist()):
             part = (slice(i, i + 1), slice(h * w))

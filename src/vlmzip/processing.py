@@ -42,6 +42,19 @@ class CompressedProcessor:
         runs = re.compile(f"(?:{re.escape(token)})+")
         return runs.sub(token * (k // len(runs.findall(stock))), stock)
 
+    def validate_inputs(
+        self, images: Any = None, text: Any = None, videos: Any = None, **kwargs: Any
+    ) -> None:
+        """Stock's checks, shown no placeholders: newer releases count them and refuse expanded prompts.
+
+        :meth:`get_text_with_replacements` counts them, in every release.
+        """
+        if isinstance(text, list) and all(isinstance(prompt, str) for prompt in text):
+            for token in (getattr(self, name, None) for name in ("image_token", "video_token")):
+                text = [prompt.replace(token, "") if token else prompt for prompt in text]
+            images = videos = None
+        super().validate_inputs(images=images, text=text, videos=videos, **kwargs)  # type: ignore[misc]
+
     def get_text_with_replacements(
         self,
         text: list[str],

@@ -148,9 +148,9 @@ def test_orthogonal_updates_have_singular_values_near_one():
 def test_muon_finds_the_least_of_a_bowl():
     torch.manual_seed(0)
     goal, weight = torch.randn(8, 8), nn.Parameter(torch.zeros(8, 8))
-    optimiser = Muon([weight], lr=0.05, decay=0.0)
+    optimiser = Muon([weight], lr=0.1, decay=0.0)
     for step in range(200):
-        optimiser.param_groups[0]["lr"] = 0.05 * (1 - step / 200)
+        optimiser.param_groups[0]["lr"] = 0.1 * (1 - step / 200)
         optimiser.zero_grad()
         (weight - goal).square().sum().backward()
         optimiser.step()

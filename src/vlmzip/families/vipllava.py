@@ -58,9 +58,15 @@ class VipLlava(Llava):
 @functools.wraps(VipLlavaModel.get_image_features)
 @can_return_tuple  # type: ignore[untyped-decorator]
 def _get_image_features(
-    self: Any, pixel_values: Tensor, vision_feature_layers: Any = None, **kwargs: Any
+    self: Any,
+    pixel_values: Tensor,
+    vision_feature_layers: Any = None,
+    vision_feature_layer: Any = None,  # its name from transformers 5.23 on
+    **kwargs: Any,
 ) -> Any:
     """What the stock method does, but with the CLS token of every layer."""
+    if vision_feature_layers is None:
+        vision_feature_layers = vision_feature_layer
     state: Attachment = self._vlmzip
     tower: Tower = state.family.tower
     tower.check_layer(self.config, "vision_feature_layers", vision_feature_layers)

@@ -76,7 +76,9 @@ def build_processor(name: str, tokenizer: PreTrainedTokenizerFast) -> LlavaProce
     )
 
 
-def save_checkpoint(model: nn.Module, processor: LlavaProcessor, folder: Path) -> None:
+def save_checkpoint(
+    model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: Path
+) -> None:
     """Write a checkpoint whose weight names are the hub's.
 
     transformers 5 writes ``vision_tower.embeddings...``; llava-hf's files and vLLM have

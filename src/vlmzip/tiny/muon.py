@@ -52,7 +52,7 @@ class Muon(torch.optim.Optimizer):
 
 def orthogonal(matrices_NRC: torch.Tensor, steps: int = 5) -> torch.Tensor:
     """The nearest (half-)orthogonal matrices, roughly: five quintic Newton-Schulz steps."""
-    x = matrices_NRC / (matrices_NRC.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    x: torch.Tensor = matrices_NRC / (matrices_NRC.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     for _ in range(steps):

@@ -25,7 +25,7 @@ FEATURE_LAYER = -2
 _WEIGHTS = {"kind": 2.0, "own_column": 0.1, "own_row": 0.1, "column": 0.5, "row": 0.5, "rank": 0.5}
 
 
-def build_tower(name: str) -> nn.Module:
+def build_tower(name: str) -> Any:
     """A fresh tower: CLIP with a CLS token for tiny-llava, SigLIP without for tiny-siglip."""
     shape: dict[str, Any] = {
         "hidden_size": WIDTH, "intermediate_size": MLP, "num_hidden_layers": LAYERS,
@@ -65,7 +65,7 @@ class TowerLesson(nn.Module):
 
     def __init__(self, name: str, vocabulary: int, longest: int = 40) -> None:
         super().__init__()
-        self.tower = build_tower(name)
+        self.tower: Any = build_tower(name)
         self.cls = name == "tiny-llava"
         self.words = nn.Embedding(vocabulary, WIDTH)
         self.places = nn.Parameter(torch.randn(longest, WIDTH) * 0.02)
@@ -105,7 +105,8 @@ class TowerLesson(nn.Module):
 
     def _label(self, hidden_BND: torch.Tensor) -> torch.Tensor:
         patches_BND = hidden_BND[:, 1:] if self.cls else hidden_BND
-        return self.heads(self.norm(patches_BND))
+        scores: torch.Tensor = self.heads(self.norm(patches_BND))
+        return scores
 
     def contrast(self, pooled_BD: torch.Tensor, captions: torch.Tensor) -> torch.Tensor:
         """CLIP's softmax loss for the CLIP tower, SigLIP's sigmoid loss for the SigLIP tower."""
