@@ -5,6 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from transformers.image_utils import make_flat_list_of_images
+from transformers.video_utils import make_batched_videos
+
 from vlmzip.methods.base import Method
 
 if TYPE_CHECKING:
@@ -45,14 +48,19 @@ class CompressedProcessor:
     def validate_inputs(
         self, images: Any = None, text: Any = None, videos: Any = None, **kwargs: Any
     ) -> None:
-        """Stock's checks, shown no placeholders: newer releases count them and refuse expanded prompts.
+        """Stock's checks, after ours: newer releases count placeholders too, and refuse expanded prompts.
 
-        :meth:`get_text_with_replacements` counts them, in every release.
+        So stock sees none of them where nothing is given to put there; what is given it sees, as some
+        processors insist on images, or check them prompt by prompt.
         """
         if isinstance(text, list) and all(isinstance(prompt, str) for prompt in text):
-            for token in (getattr(self, name, None) for name in ("image_token", "video_token")):
-                text = [prompt.replace(token, "") if token else prompt for prompt in text]
-            images = videos = None
+            media = {"image": (images, make_flat_list_of_images), "video": (videos, make_batched_videos)}
+            for kind, (given, flat) in media.items():
+                token = getattr(self, f"{kind}_token", None)
+                if token and given is not None:
+                    self._check_placeholders(text, token, len(flat(given)), f"{kind}s")
+                elif token:
+                    text = [prompt.replace(token, "") for prompt in text]
         super().validate_inputs(images=images, text=text, videos=videos, **kwargs)  # type: ignore[misc]
 
     def get_text_with_replacements(
