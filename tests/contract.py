@@ -82,6 +82,10 @@ class Case:
         texts = [self.prompt(n, "what is it? " * (i + 1)) for i, n in enumerate(counts)]
         pictures = [self.images[(first + i) % 3] for i in range(sum(counts))]
         self.processor.tokenizer.padding_side = side
+        if hasattr(self.slow, "process"):
+            waiting = iter(pictures)
+            rows = [[next(waiting) for _ in range(n)] for n in counts]
+            return dict(self.slow.process(self.processor, texts, rows))
         return dict(
             self.processor(text=texts, images=pictures or None, padding=True, return_tensors="pt")
         )
@@ -108,8 +112,12 @@ class Case:
             grown, found = dict(inputs), []
             for _ in range(steps):
                 found.append(self.logits(grown, features, method)[:, -1].float())
-                grown = with_tokens(grown, self.choose(found[-1]))
+                grown = self.grown(grown, self.choose(found[-1]))
         return found
+
+    def grown(self, inputs: dict[str, Any], tokens: Tensor) -> dict[str, Any]:
+        """`inputs` with an answer's tokens [B, t] at the end of every row."""
+        return with_tokens(inputs, tokens, getattr(self.slow, "ANSWER_TYPE", 0))
 
     def choose(self, logits: Tensor) -> Tensor:
         """The greedy token [B, 1], never an end of text."""
@@ -146,15 +154,15 @@ def fresh(family: str, variant: str) -> Case:
     return Case(slow_path(family), copy.deepcopy(model), copy.deepcopy(processor))
 
 
-def with_tokens(inputs: dict[str, Any], tokens: Tensor) -> dict[str, Any]:
-    """`inputs` with text tokens [B, t] at the end of every row."""
+def with_tokens(inputs: dict[str, Any], tokens: Tensor, kind: int = 0) -> dict[str, Any]:
+    """`inputs` with text tokens [B, t], all of one type, at the end of every row."""
     grown = dict(inputs)
     grown["input_ids"] = torch.cat([inputs["input_ids"], tokens], 1)
     ones = torch.ones_like(tokens)
     grown["attention_mask"] = torch.cat([inputs["attention_mask"], ones], 1)
     for name in ("mm_token_type_ids", "token_type_ids"):
         if name in inputs:
-            grown[name] = torch.cat([inputs[name], ones * 0], 1)
+            grown[name] = torch.cat([inputs[name], ones * kind], 1)
     return grown
 
 

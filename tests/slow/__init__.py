@@ -13,9 +13,11 @@ and, where the default of contract.py does not do,
     methods() -> list[Method]                     budgets to run; default: contract.METHODS
     images() -> list[PIL.Image]                   three images of different size
     prompt(processor, images, text) -> str        a prompt with that many images
+    process(processor, texts, images) -> dict     a padded batch, images listed row by row
     positions(model, inputs, method) -> Tensor    position ids of inputs["input_ids"] (M-RoPE families)
     logits(model, inputs, features, method) -> Tensor   [B, T, V] of inputs["input_ids"]
     dropped(processor) -> set[int]                ids of layout tokens that compression drops
+    ANSWER_TYPE = 1                               token_type_ids of an answer; default: 0
     NEEDS_TORCHVISION = True                      no processor without it
     LATER_IMAGES = False                          stock itself cannot add an image in a later turn
 """
