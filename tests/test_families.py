@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import vlmzip
-from contract import TOLERANCE, Case, cases, fresh, placeholders, with_tokens
+from contract import TOLERANCE, Case, cases, fresh, placeholders
 
 BATCHES = {"one": [1], "mixed": [1, 2, 0], "text only": [0, 0]}  # images in each row
 
@@ -76,9 +76,7 @@ def test_generate_equals_the_slow_path(case: Case, counts: list[int]) -> None:
 @pytest.mark.parametrize("later", [0, 1], ids=["text", "image"])
 def test_second_turn_on_the_first_ones_cache(case: Case, later: int) -> None:
     if later and not getattr(case.slow, "LATER_IMAGES", True):
-        pytest.skip(
-            "transformers itself gives a later image of this family wrong positions or a wrong mask"
-        )
+        pytest.skip("transformers itself gives this family's later images wrong positions or masks")
     method = case.methods[0]
     with vlmzip.compress(case.model, case.processor, method):
         first = case.inputs([1])
@@ -127,12 +125,14 @@ def test_gradients_equal_the_slow_paths(case: Case) -> None:
     assert expected
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, **TOLERANCE)
-    missing = {name for name, p in case.model.named_parameters() if p.grad is None}
-    assert any("vis" in name and name not in missing for name, _ in case.model.named_parameters())
+    reached = {name for name, p in case.model.named_parameters() if p.grad is not None}
+    assert any("vis" in name or "image_tower" in name for name in reached)
 
 
 def language_gradients(model: Any) -> dict[str, torch.Tensor]:
-    inner = {id(p) for p in model.base_model.language_model.parameters()}
+    base = model.base_model
+    language_model = base.text_model if hasattr(base, "text_model") else base.language_model
+    inner = {id(p) for p in language_model.parameters()}
     return {
         name: p.grad.clone()
         for name, p in model.named_parameters()
