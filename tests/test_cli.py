@@ -17,7 +17,7 @@ import vlmzip
 from contract import built, cases, image
 from vlmzip import Random, VisionZip, compress, families
 from vlmzip.asking import prepare, prompt_for
-from vlmzip.cli import app
+from vlmzip.cli import app, main
 from vlmzip.commands.options import build_method
 from vlmzip.loading import load
 from vlmzip.tiny.random.llava import build
@@ -238,6 +238,18 @@ def test_version_and_help() -> None:
         result = CliRunner().invoke(app, [verb, "--help"])
         assert result.exit_code == 0
         assert "--json" in result.stdout
+
+
+def test_no_command_prints_the_help_and_no_error(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["vlmzip"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    printed = capsys.readouterr()
+    assert "models" in printed.out + printed.err
+    assert "error" not in printed.err
 
 
 def test_help_does_not_wait_for_torch() -> None:

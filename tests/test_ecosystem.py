@@ -2,6 +2,7 @@
 
 import copy
 import json
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import accelerate
@@ -201,6 +202,25 @@ def test_only_the_tower_compiled(case: Case) -> None:
         torch.testing.assert_close(case.model(**stock_inputs).logits, stock)
     with pytest.raises(ValueError, match="do not match"):
         case.model(**inputs)
+
+
+def test_threads_share_a_compiled_tower(case: Case) -> None:
+    """Compiled code cannot see whose forward it is in: threads must not read each other's scores."""
+    size = case.model.config.vision_config.image_size
+    pixels = [torch.randn(1, 3, size, size) for _ in range(4)]
+
+    def encode(index: int) -> Tensor:
+        with torch.no_grad():
+            return case.model.get_image_features(pixels[index]).pooler_output[0]
+
+    torch._dynamo.reset()
+    with compress(case.model, None, METHOD):
+        expected = [encode(index) for index in range(4)]
+        case.model.model.vision_tower.compile(backend="eager")
+        encode(0)
+        with ThreadPoolExecutor(4) as pool:
+            for index, found in zip([0, 1, 2, 3] * 20, pool.map(encode, [0, 1, 2, 3] * 20), strict=True):
+                torch.testing.assert_close(found, expected[index])
 
 
 # --- checkpoints ------------------------------------------------------------------------------

@@ -64,12 +64,14 @@ class Tap:
     """Carries scores and keys from the tapped layer to the compression step of the same forward.
 
     It records only while armed: a gradient checkpoint runs the layer again in the backward pass, and
-    a vision tower may be called on its own. Each thread has its own reading; compiled code cannot
-    look up thread-local state and uses the latest one.
+    a vision tower may be called on its own. Each thread has its own reading. Compiled code cannot
+    look up thread-local state and takes the latest one, so threads take turns in the encoder: where
+    only the tower is compiled they would read each other's.
     """
 
     def __init__(self, cls_token: bool) -> None:
         self.cls_token = cls_token
+        self._turn = threading.RLock()
         self._local = threading.local()
         self._latest: Reading | None = None
 
@@ -86,17 +88,19 @@ class Tap:
     @contextmanager
     def listen(self) -> Iterator[Reading]:
         """Arm the tap for one forward of the encoder."""
-        reading = Reading()
-        self._set(reading)
-        try:
-            yield reading
-        finally:
-            self._set(None)
-
-    def _set(self, reading: Reading | None) -> None:
-        self._latest = reading
-        if not torch.compiler.is_compiling():
-            self._local.reading = reading
+        if torch.compiler.is_compiling():
+            self._latest = reading = Reading()
+            try:
+                yield reading
+            finally:
+                self._latest = None
+            return
+        with self._turn:
+            self._latest = self._local.reading = reading = Reading()
+            try:
+                yield reading
+            finally:
+                self._latest = self._local.reading = None
 
     def note(self, query: Tensor, key: Tensor, scale: float, mask: Tensor | None) -> None:
         """Record one call of the tapped layer, if armed: query and key [B, H, N, d]."""
@@ -156,14 +160,17 @@ def tap_attention(attention: nn.Module, tap: Tap, patches: Patches) -> None:
 
 
 def skip_while_armed(layer: nn.Module, tap: Tap, patches: Patches) -> None:
-    """Do not run ``layer``, whose output nobody uses, in forwards that end in compression."""
+    """Do not run ``layer``, whose output nobody uses, in forwards that end in compression.
+
+    Its output is then NaN, so that whoever does look at the last hidden state is not misled.
+    """
     patches.set(layer, "_vlmzip_tap", tap)
     patches.set_forward(layer, _skip_or_run)
 
 
 def _skip_or_run(layer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
     if layer._vlmzip_tap.reading is not None:
-        return hidden_states
+        return hidden_states.new_full((), torch.nan).expand_as(hidden_states)
     return layer._vlmzip_forward(hidden_states, *args, **kwargs)
 
 

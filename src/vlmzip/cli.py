@@ -30,9 +30,15 @@ class Verbs(TyperGroup):
             # typer's own errors share no public base class over its versions, but this method.
             if not isinstance(error, _EXPECTED) and not hasattr(error, "format_message"):
                 raise
-            print(f"error: {one_line(error)}", file=sys.stderr)
+            if not is_help(error):
+                print(f"error: {one_line(error)}", file=sys.stderr)
             code = 2
         sys.exit(code)
+
+
+def is_help(error: Exception) -> bool:
+    """Whether the help was printed because no command was given; typer raises that too."""
+    return hasattr(error, "format_message") and not error.format_message()
 
 
 def one_line(error: Exception) -> str:

@@ -70,17 +70,19 @@ class Compressed:
         family: The model's family, fitted to its config.
     """
 
-    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin | None = None) -> None:
+    def __init__(self, model: Any, processor: ProcessorMixin | None = None) -> None:
         """Take hold of a compressed model; also of a copy that ``copy.deepcopy`` made of one.
 
         Raises:
+            TypeError: It is no transformers model, nor a peft model round one.
             ValueError: The model is not compressed.
         """
+        model = _unwrap(model)
         state = _attachment(model)
         if state is None:
             raise ValueError("this model is not compressed; call compress(model, processor, method)")
         self._state: Attachment | None = state
-        self.model = model
+        self.model: PreTrainedModel = model
         self.processor = processor
         self.method: Method = state.method
         self.family: Family = state.family
@@ -177,6 +179,11 @@ def _stored_method(model: PreTrainedModel) -> Method:
 def _settle(method: Any, family: Family) -> Method:
     if not isinstance(method, Method):
         raise TypeError(f"method must be a vlmzip method such as VisionZip(tokens=64), got {method!r}")
+    if method.kind != "encoder":
+        raise ValueError(
+            f"method {method.name!r} is of kind {method.kind!r}; compress() takes methods that choose "
+            "among the vision tower's tokens"
+        )
     return replace(method, order=method.order or family.order)
 
 

@@ -117,9 +117,9 @@ def merge_tokens(
     tokens_BKD = torch.cat([gather_tokens(hidden, dominant_BD), merged_BMD], 1)
     row_BK = torch.arange(dominant + contextual, device=hidden.device).expand(hidden.shape[0], -1)
     if order == "raster":
-        source_BK = torch.cat([dominant_BD, target_BM], 1)
-        tokens_BKD = gather_tokens(tokens_BKD, source_BK.argsort(1))
-        row_BK = source_BK.argsort(1).argsort(1)
+        raster_BK = torch.cat([dominant_BD, target_BM], 1).argsort(1)
+        tokens_BKD = gather_tokens(tokens_BKD, raster_BK)
+        row_BK = raster_BK.argsort(1)
     rows_B, rows_M = row_BK[:, :dominant], row_BK[:, dominant:]
     assignment_BN = rows_M.gather(1, cluster_BN).scatter(1, dominant_BD, rows_B)
     return ZipOutput(tokens_BKD, dominant_BD, target_BM, assignment_BN)

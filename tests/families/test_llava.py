@@ -539,7 +539,19 @@ def test_resized_pixels_are_refused(clip: Case) -> None:
         clip.model.get_image_features(pixels, interpolate_pos_encoding=True)
 
 
-@pytest.mark.parametrize("where", ["tower", "tapped keys", "pixels"])
+@torch.no_grad()
+def test_what_was_not_computed_is_nan(case: Case) -> None:
+    """The layer after the tapped one does not run: nobody may take its output for the stock one's."""
+    pixels = case.inputs([1])["pixel_values"]
+    stock = case.model.get_image_features(pixels).hidden_states
+    with vlmzip.compress(case.model, None, METHOD):
+        features = case.model.get_image_features(pixels)
+    torch.testing.assert_close(features.hidden_states[-2], stock[-2])
+    assert features.hidden_states[-1].isnan().all()
+    assert features.last_hidden_state.isnan().all()
+
+
+@pytest.mark.parametrize("where", ["tower", "tapped keys", "after the keys", "pixels"])
 def test_nan_is_reported(case: Case, where: str) -> None:
     inputs = zipped_inputs(case, [1])
     tower = case.model.model.vision_tower
@@ -547,6 +559,8 @@ def test_nan_is_reported(case: Case, where: str) -> None:
         tower.encoder.layers[0].mlp.fc1.weight.data[0, 0] = torch.nan
     elif where == "tapped keys":
         tower.encoder.layers[2].self_attn.k_proj.weight.data[0, 0] = torch.nan
+    elif where == "after the keys":  # scores and keys are finite, the tokens are not
+        tower.encoder.layers[2].mlp.fc2.weight.data[0, 0] = torch.nan
     else:
         inputs["pixel_values"][0, 0, 0, 0] = torch.nan
     with (

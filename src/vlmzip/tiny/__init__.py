@@ -28,9 +28,14 @@ def load_tiny(name: str, **kwargs: Any) -> tuple[LlavaForConditionalGeneration, 
     """An embedded model in eval mode, float32, with its processor; no network is used.
 
     kwargs go to the model's ``from_pretrained`` (say ``dtype`` or ``attn_implementation``). Raises
-    ValueError for an unknown name.
+    ValueError for an unknown name, or if the weights are not there.
     """
     folder = tiny_path(name)
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"the weights of {name} are not part of this installation; `make train-tiny` in a checkout "
+            "trains them"
+        )
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
     model = LlavaForConditionalGeneration.from_pretrained(folder, local_files_only=True, **kwargs)
