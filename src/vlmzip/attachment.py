@@ -113,6 +113,23 @@ class Attachment:
                 found += [(places[i], entry) for i, entry in zip(starts, latest[kind], strict=True)]
         self._history.last = tuple(entry for _, entry in sorted(found, key=lambda pair: pair[0]))
 
+    def join(self, views: list[list[int]]) -> None:
+        """Join the latest forward's views, recorded one by one, into the images of the prompt.
+
+        Args:
+            views: For each row of the prompt, how many views each of its images has.
+        """
+        if torch.compiler.is_compiling():
+            return
+        latest = self._history.latest.get("image", ())
+        copies = max(1, sum(map(sum, views)) // max(1, len(latest)))  # beams repeat each prompt
+        counts = [count for row in views[::copies] for count in row]
+        if sum(counts) == len(latest):  # else they are of an earlier forward, passed in by the caller
+            ends = accumulate(counts)
+            self._history.last = tuple(
+                _joined(latest[end - count : end]) for end, count in zip(ends, counts, strict=True)
+            )
+
     @property
     def last(self) -> tuple[Selection, ...]:
         """See :attr:`vlmzip.Compressed.last`."""
@@ -154,6 +171,16 @@ class _History:
     @last.setter
     def last(self, selections: tuple[Selection, ...]) -> None:
         self._local.last = selections
+
+
+def _joined(views: tuple[Selection, ...]) -> Selection:
+    return Selection(
+        dominant=torch.cat([view.dominant for view in views]),
+        contextual=torch.cat([view.contextual for view in views]),
+        assignment=torch.cat([view.assignment for view in views]),
+        scores=torch.cat([view.scores for view in views]),
+        grid=tuple(grid for view in views for grid in view.grid),
+    )
 
 
 def selections_of(out: ZipOutput | None, grid: Grid, views: list[int]) -> list[Selection]:

@@ -33,17 +33,17 @@ class CompressedProcessor:
         token: str = self.image_token  # type: ignore[attr-defined]
         rule = self._vlmzip
         k = rule.family.image_tokens(rule.method, stock.count(token), image_inputs, image_idx)
-        head, tail = stock[: stock.find(token)], stock[stock.rfind(token) + len(token) :]
-        return head + token * k + tail
+        return _resized(stock, token, k)
 
     def replace_video_token(self, video_inputs: Any, video_idx: int, **kwargs: Any) -> str:
-        """The placeholder string of one video; text between its frames stays, each gets as many."""
+        """The placeholder string of one video; some models have their frames where images go."""
         stock: str = super().replace_video_token(video_inputs, video_idx, **kwargs)  # type: ignore[misc]
         token: str = self.video_token  # type: ignore[attr-defined]
+        if token not in stock:
+            token = self.image_token  # type: ignore[attr-defined]
         rule = self._vlmzip
         k = rule.family.video_tokens(rule.method, stock.count(token), video_inputs, video_idx)
-        runs = re.compile(f"(?:{re.escape(token)})+")
-        return runs.sub(token * (k // len(runs.findall(stock))), stock)
+        return _resized(stock, token, k)
 
     def validate_inputs(
         self, images: Any = None, text: Any = None, videos: Any = None, **kwargs: Any
@@ -60,6 +60,7 @@ class CompressedProcessor:
                 if token and given is not None:
                     self._check_placeholders(text, token, len(flat(given)), f"{kind}s")
                 elif token:
+                    self._check_placeholders(text, token, 0, f"{kind}s")
                     text = [prompt.replace(token, "") for prompt in text]
         super().validate_inputs(images=images, text=text, videos=videos, **kwargs)  # type: ignore[misc]
 
@@ -101,6 +102,12 @@ class CompressedProcessor:
     def __reduce__(self) -> tuple[Any, ...]:
         stock = stock_class(self)
         return _rebuild, (stock, self.__dict__)
+
+
+def _resized(stock: str, token: str, k: int) -> str:
+    """``stock`` with k placeholders; text between crops or frames stays, each of which gets as many."""
+    runs = re.compile(f"(?:{re.escape(token)})+")
+    return runs.sub(token * (k // len(runs.findall(stock))), stock)
 
 
 def stock_class(processor: Any) -> type:

@@ -151,20 +151,24 @@ class Family(ABC):
 def check_video_processor(family: Family, processor: Any, config: Any, method: Method) -> None:
     """Check, on a dummy video, that a processor fits a model.
 
+    A model without a video token has its frames where images go.
+
     Raises:
         ValueError: It is another model's, or it cannot process a video.
     """
-    if processor.video_token_id != config.video_token_id:
+    placeholder = getattr(config, "video_token_id", config.image_token_id)
+    if hasattr(config, "video_token_id") and processor.video_token_id != config.video_token_id:
         raise ValueError(
             f"the processor's video token has id {processor.video_token_id}, the model's "
             f"{config.video_token_id}: the processor is another model's"
         )
     frames = np.zeros((2, 64, 48, 3), dtype=np.uint8)  # some refuse a single frame
     try:
-        inputs = processor(videos=[frames], text=[processor.video_token], return_tensors="pt")
+        # Some take videos prompt by prompt only.
+        inputs = processor(videos=[[frames]], text=[processor.video_token], return_tensors="pt")
     except Exception as error:
         raise ValueError(f"the processor cannot process a video: {error}") from error
-    stock = inputs["input_ids"][0].tolist().count(config.video_token_id)
+    stock = inputs["input_ids"][0].tolist().count(placeholder)
     family.video_tokens(method, stock, inputs, 0)
 
 

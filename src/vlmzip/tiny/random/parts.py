@@ -19,9 +19,12 @@ CHAT_TEMPLATE = (
 )
 
 
-def tokenizer(*special: str) -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer without merges: any text, 256 tokens and the special ones."""
-    names = ["<pad>", "<s>", "</s>", *special]
+def tokenizer(*special: str, **named: str) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer without merges: any text, 256 tokens and the special ones.
+
+    Those given by name, such as ``video_token="<video>"``, are attributes of the tokenizer too.
+    """
+    names = ["<pad>", "<s>", "</s>", *special, *named.values()]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: index for index, token in enumerate([*names, *alphabet])}
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
@@ -34,7 +37,7 @@ def tokenizer(*special: str) -> PreTrainedTokenizerFast:
         bos_token="<s>",
         eos_token="</s>",
         padding_side="left",
-        additional_special_tokens=list(special),
+        extra_special_tokens=named or list(special),
     )
 
 
