@@ -30,8 +30,8 @@ class CompressedProcessor:
     def replace_image_token(self, image_inputs: Any, image_idx: int, **kwargs: Any) -> str:
         """The placeholder string of one image, with K placeholder tokens in it."""
         stock: str = super().replace_image_token(image_inputs, image_idx, **kwargs)  # type: ignore[misc]
-        token: str = self.image_token  # type: ignore[attr-defined]
         rule = self._vlmzip
+        token, _ = rule.family.placeholder(self)
         k = rule.family.image_tokens(rule.method, stock.count(token), image_inputs, image_idx)
         return _resized(stock, token, k)
 
@@ -86,8 +86,14 @@ class CompressedProcessor:
                 f"the text has {wanted} {token} placeholders for {given} {kind}; "
                 f"write {token} once for each of the {kind}"
             )
-        if not given:
-            self._vlmzip.family.check_expanded(self._vlmzip.method, wanted, token)
+        if given:
+            return
+        rule = self._vlmzip
+        filled = rule.family.placeholder(self)[0] if kind == "images" else token
+        count = sum(prompt.count(filled) for prompt in text)
+        if wanted and not count:
+            raise ValueError(f"the text has {wanted} {token} and no images were given; pass images=")
+        rule.family.check_expanded(rule.method, count, filled)
 
     def _get_num_multimodal_tokens(self, image_sizes: Any = None, **kwargs: Any) -> Any:
         data = super()._get_num_multimodal_tokens(image_sizes=image_sizes, **kwargs)  # type: ignore[misc]

@@ -74,6 +74,13 @@ class Family(ABC):
     def attach_generation(self, model: PreTrainedModel, state: Attachment) -> None:  # noqa: B027
         """Fit ``state`` to what generate() asks of the whole model; most families need nothing."""
 
+    def placeholder(self, processor: Any) -> tuple[str, int]:
+        """The token, and its id, that a prompt has once for each image token.
+
+        Mostly it is what prompts are written with, before the processor multiplies it.
+        """
+        return processor.image_token, processor.image_token_id
+
     @abstractmethod
     def image_tokens(self, method: Method, stock: int, image_inputs: Any, index: int) -> int:
         """Placeholders of image ``index`` of a processed batch; ``stock`` without compression.
@@ -134,9 +141,10 @@ class Family(ABC):
                 f"a {self.name} model needs a {self.processor_class}, got "
                 f"{type(processor).__name__}: the processor is another model's"
             )
-        if processor.image_token_id != config.image_token_id:
+        _, placeholder = self.placeholder(processor)
+        if placeholder != config.image_token_id:
             raise ValueError(
-                f"the processor's image token has id {processor.image_token_id}, the model's "
+                f"the processor's image token has id {placeholder}, the model's "
                 f"{config.image_token_id}: the processor is another model's"
             )
         try:
