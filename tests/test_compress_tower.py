@@ -12,8 +12,9 @@ from transformers import (
 )
 
 import reference
-from vlmzip import UnsupportedModelError, VisionZip, compress_tower
+from vlmzip import UnsupportedModelError, VisionZip, compress, compress_tower
 from vlmzip.tiny.random import parts
+from vlmzip.tiny.random.llava import build
 
 
 def make(kind):
@@ -166,6 +167,17 @@ def test_bad_input():
         )
     with pytest.raises(UnsupportedModelError, match="does not exist"):
         compress_tower(make("clip"), VisionZip(tokens=4), layer=7)
+    model, _ = build(image_size=112)
+    with (
+        compress(model, None, VisionZip(tokens=4)),
+        pytest.raises(ValueError, match="already compressed"),
+    ):
+        compress_tower(model.model.vision_tower, VisionZip(tokens=4))
+    zipped = compress_tower(model.model.vision_tower, VisionZip(tokens=4))
+    with pytest.raises(ValueError, match="already compressed"):
+        compress(model, None, VisionZip(tokens=4))
+    zipped.remove()
+    compress(model, None, VisionZip(tokens=4)).remove()
     tower = make("clip")
     compress_tower(tower, VisionZip(tokens=4))
     with pytest.raises(ValueError, match="already compressed"):

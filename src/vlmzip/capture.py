@@ -146,12 +146,15 @@ def tap_attention(attention: nn.Module, tap: Tap, patches: Patches) -> None:
 
     Raises:
         UnsupportedModelError: The module does not look its attention function up by config.
+        ValueError: It is tapped already.
     """
     config = getattr(attention, "config", None)
     if not hasattr(config, "_attn_implementation"):
         raise UnsupportedModelError(
             f"{type(attention).__name__} has no config with an attention implementation to read from"
         )
+    if isinstance(config, TappedConfig):
+        raise ValueError("this vision tower is already compressed; call remove() on its handle first")
     twin = copy.copy(config)
     twin.__class__ = type(type(config).__name__, (TappedConfig, type(config)), {})
     object.__setattr__(twin, "_vlmzip_encoder_config", config)

@@ -60,16 +60,18 @@ class CompressedTower:
             spec: Where the tower is read.
             packed: Images come as padded lists of patches, each with a shape of its own (SigLIP 2).
         """
-        if vars(tower).get("_vlmzip") is not None:
-            raise ValueError("this tower is already compressed; call remove() on its handle first")
         self._spec = spec
         self._tower = tower
         self._packed = packed
         self._state: Attachment = Attachment(
             self, method, cls_token=spec.cls_token, views=1, dynamic=packed
         )
+        try:
+            spec.attach(tower, self._state)
+        except Exception:
+            self._state.patches.undo()
+            raise
         self._state.patches.set(tower, "_vlmzip", self._state)
-        spec.attach(tower, self._state)
 
     def __call__(self, pixel_values: Tensor, **kwargs: Any) -> ZipOutput:
         """Encode and compress.
