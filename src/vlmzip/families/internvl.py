@@ -14,10 +14,10 @@ from vlmzip.attachment import Attachment
 from vlmzip.capture import skip_while_armed, tap_attention
 from vlmzip.errors import UnsupportedModelError
 from vlmzip.families.base import Card, Family, check_video_processor, explain_mismatch, register
-from vlmzip.families.llava import check_strategy
 from vlmzip.merging import Order
 from vlmzip.methods.base import Method
 from vlmzip.pixel_shuffle import ShuffledTower, runs
+from vlmzip.select_strategy import check_strategy
 
 
 @register

@@ -8,10 +8,10 @@ from torch import Tensor
 from transformers import LlavaModel, PreTrainedModel
 
 from vlmzip.attachment import Attachment, selections_of
-from vlmzip.errors import UnsupportedModelError
 from vlmzip.families.base import Card, Family, explain_mismatch, register
 from vlmzip.merging import Order
 from vlmzip.methods.base import Method
+from vlmzip.select_strategy import check_strategy, refuse_default
 from vlmzip.towers import Tower
 
 
@@ -41,12 +41,7 @@ class Llava(Family):
         """Read tower and layer; a SigLIP tower under the "default" strategy is refused."""
         tower = Tower.from_config(config.vision_config, config.vision_feature_layer)
         default = config.vision_feature_select_strategy == "default"
-        if default and not tower.cls_token:
-            raise UnsupportedModelError(
-                'vision_feature_select_strategy="default" drops the first token as CLS, but a '
-                f"{config.vision_config.model_type!r} tower has none: an image patch would be lost; "
-                'set config.vision_feature_select_strategy = "full", in the processor too'
-            )
+        refuse_default(tower, config)
         return cls(tower, tower.patches + (tower.cls_token and not default))
 
     def attachment(self, method: Method) -> Attachment:
@@ -112,16 +107,3 @@ def _get_image_features(
         )
     state.record(selections_of(reading.zipped, tower.grid, [1] * pixel_values.shape[0]))
     return features
-
-
-def check_strategy(config: Any, given: str | None) -> None:
-    """Refuse a caller's ``vision_feature_select_strategy`` that is not the config's.
-
-    Raises:
-        ValueError: Compression decides about the CLS token by ``send_cls``.
-    """
-    if given not in (None, config.vision_feature_select_strategy):
-        raise ValueError(
-            f"vision_feature_select_strategy={given!r} was passed, but this model is compressed and "
-            "its method's send_cls decides about the CLS token; leave the argument out"
-        )

@@ -11,11 +11,10 @@ from transformers.processing_utils import ProcessorMixin
 
 from vlmzip.anyres import Anyres, pack_views, size_pairs, slice_views
 from vlmzip.attachment import Attachment, selections_of
-from vlmzip.errors import UnsupportedModelError
 from vlmzip.families.base import Card, Family, explain_mismatch, register
-from vlmzip.families.llava import check_strategy
 from vlmzip.merging import Order
 from vlmzip.methods.base import Method
+from vlmzip.select_strategy import check_strategy, refuse_default
 from vlmzip.towers import Tower
 
 
@@ -54,12 +53,7 @@ class LlavaNext(Family):
         """Read tower, layer and pinpoints; a SigLIP tower under the "default" strategy is refused."""
         tower = Tower.from_config(config.vision_config, config.vision_feature_layer)
         full = config.vision_feature_select_strategy == "full"
-        if not full and not tower.cls_token:
-            raise UnsupportedModelError(
-                'vision_feature_select_strategy="default" drops the first token as CLS, but a '
-                f"{config.vision_config.model_type!r} tower has none: an image patch would be lost; "
-                'set config.vision_feature_select_strategy = "full", in the processor too'
-            )
+        refuse_default(tower, config)
         return cls(tower, Anyres.from_config(config), full)
 
     def attachment(self, method: Method) -> Attachment:

@@ -12,9 +12,9 @@ from transformers.processing_utils import ProcessorMixin
 
 from vlmzip.attachment import Attachment, selections_of
 from vlmzip.families.base import Card, check_video_processor, place_in_prompt, register
-from vlmzip.families.llava import check_strategy
 from vlmzip.families.llava_next import LlavaNext
 from vlmzip.methods.base import Grid, Method
+from vlmzip.select_strategy import check_strategy
 
 
 @register

@@ -15,10 +15,10 @@ from vlmzip.anyres import Anyres, size_pairs
 from vlmzip.attachment import Attachment, selections_of
 from vlmzip.errors import UnsupportedModelError
 from vlmzip.families.base import Card, Family, check_video_processor, place_in_prompt, register
-from vlmzip.families.llava import check_strategy
 from vlmzip.families.llava_next import pack_image_features
 from vlmzip.merging import Order
 from vlmzip.methods.base import Grid, Method
+from vlmzip.select_strategy import check_strategy
 from vlmzip.towers import Tower
 
 

@@ -11,8 +11,9 @@ from transformers.processing_utils import ProcessorMixin
 from vlmzip.attachment import Attachment, selections_of
 from vlmzip.errors import UnsupportedModelError
 from vlmzip.families.base import Card, check_video_processor, place_in_prompt, register
-from vlmzip.families.llava import Llava, check_strategy
+from vlmzip.families.llava import Llava
 from vlmzip.methods.base import Method
+from vlmzip.select_strategy import check_strategy
 from vlmzip.towers import Tower
 
 
