@@ -56,11 +56,13 @@ clean:  ## Remove virtual environments, builds and caches
 	touch $@
 
 # Video and some image processors import torchvision for its Python part only. Its dependencies would
-# drag in another build of torch, and its compiled part is not needed.
+# drag in another build of torch, and its compiled part is not needed. SmolVLM's processor writes
+# numbers in words.
 .venv-families/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-families
 	.venv-families/bin/pip install --quiet -c constraints.txt -e '.[dev]'
 	.venv-families/bin/pip install --quiet --no-deps torchvision==0.28.0
+	.venv-families/bin/pip install --quiet -c constraints.txt num2words
 	touch $@
 
 # transformers and what it may want newer versions of go free; the rest stays pinned.
@@ -71,4 +73,5 @@ clean:  ## Remove virtual environments, builds and caches
 	.venv-newest/bin/pip install --quiet --upgrade -c .venv-newest/constraints.txt \
 		-e '.[dev]' 'transformers>=5.19,<6'
 	.venv-newest/bin/pip install --quiet --no-deps torchvision==0.28.0
+	.venv-newest/bin/pip install --quiet -c constraints.txt num2words
 	touch $@
