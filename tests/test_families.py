@@ -142,7 +142,7 @@ def language_gradients(model: Any) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_attention_implementations_agree(case: Case, attention: str) -> None:
-    if attention == "sdpa" and not case.model.base_model.language_model._supports_sdpa:
+    if attention == "sdpa" and not case.model.get_decoder()._supports_sdpa:
         pytest.skip("this transformers does not run this language model under SDPA")
     method = case.methods[0]
     inputs = zipped_inputs(case, method, [1, 1])
