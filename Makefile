@@ -37,7 +37,10 @@ test-families: .venv-families/ready  ## The tests of families whose processors n
 	.venv-families/bin/python $(PYTEST) -m needs_torchvision tests
 
 test-newest: .venv-newest/ready  ## All tests again, on the newest transformers 5
+	.venv-newest/bin/pip uninstall --quiet --yes torchvision
 	.venv-newest/bin/python $(PYTEST) tests
+	.venv-newest/bin/pip install --quiet --no-deps torchvision==0.28.0
+	.venv-newest/bin/python $(PYTEST) -m needs_torchvision tests
 
 train-tiny: .venv/ready  ## Train the embedded models anew (long; goes on where it was stopped)
 	for name in tiny-llava tiny-siglip; do \
@@ -72,6 +75,5 @@ clean:  ## Remove virtual environments, builds and caches
 		> .venv-newest/constraints.txt
 	.venv-newest/bin/pip install --quiet --upgrade -c .venv-newest/constraints.txt \
 		-e '.[dev]' 'transformers>=5.19,<6'
-	.venv-newest/bin/pip install --quiet --no-deps torchvision==0.28.0
 	.venv-newest/bin/pip install --quiet -c constraints.txt num2words
 	touch $@
