@@ -125,6 +125,7 @@ def test_a_processor_without_a_chat_template_gets_llavas_prompt(folder: Path) ->
     _, processor = load(str(folder / "plain"))
     assert processor.chat_template is None
     assert prompt_for(processor, "Why?") == "USER: <image>\nWhy? ASSISTANT:"
+    assert prompt_for(build("paligemma")[1], "Why?") == "<image>Why?"
     words = ("--model", str(folder / "plain"), "--tokens", "9", "--max-new-tokens", "1")
     assert document(folder, "ask", *words)["compressed"]["image_tokens"] == 9
 

@@ -11,6 +11,8 @@ from PIL import Image
 def prompt_for(processor: Any, question: str) -> str:
     """The prompt for one image: by the processor's chat template, else as LLaVA-1.5 wants it.
 
+    PaliGemma, which has no chat template and was not trained on dialogues, gets the bare question.
+
     Raises:
         ValueError: The question is empty or holds the image placeholder itself.
     """
@@ -20,6 +22,8 @@ def prompt_for(processor: Any, question: str) -> str:
         raise ValueError(
             f"the question holds the image placeholder {processor.image_token}; leave it out"
         )
+    if type(processor).__name__ == "PaliGemmaProcessor":
+        return f"{processor.image_token}{question}"
     if processor.chat_template is None:
         return f"USER: {processor.image_token}\n{question} ASSISTANT:"
     content = [{"type": "image"}, {"type": "text", "text": question}]
