@@ -20,6 +20,7 @@ from vlmzip.asking import prepare, prompt_for
 from vlmzip.cli import app, main
 from vlmzip.commands.options import build_method
 from vlmzip.loading import load
+from vlmzip.tiny import random
 from vlmzip.tiny.random.llava import build
 
 QUESTION = "What is it?"
@@ -125,7 +126,7 @@ def test_a_processor_without_a_chat_template_gets_llavas_prompt(folder: Path) ->
     _, processor = load(str(folder / "plain"))
     assert processor.chat_template is None
     assert prompt_for(processor, "Why?") == "USER: <image>\nWhy? ASSISTANT:"
-    assert prompt_for(build("paligemma")[1], "Why?") == "<image>Why?"
+    assert prompt_for(random.build("paligemma")[1], "Why?") == "<image>Why?"
     words = ("--model", str(folder / "plain"), "--tokens", "9", "--max-new-tokens", "1")
     assert document(folder, "ask", *words)["compressed"]["image_tokens"] == 9
 
