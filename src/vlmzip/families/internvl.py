@@ -94,7 +94,7 @@ class InternVL(Family):
     def sized_image_tokens(self, method: Method, stock: int, size: tuple[int, int]) -> int:
         """K times the views, and the two tokens that begin and end an image, which stock counts too."""
         n = self.shuffled.tokens
-        return stock - stock // n * (n - self.shuffled.count(method))
+        return stock - (stock - 2) // n * (n - self.shuffled.count(method))
 
     def video_tokens(self, method: Method, stock: int, video_inputs: Any, index: int) -> int:
         """K times the frames of the video."""
