@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -285,7 +286,10 @@ def test_the_first_frame_is_used_and_interruption_exits_with_130(folder: Path, t
     frames = [image(seed) for seed in range(3)]
     frames[0].save(moving, save_all=True, append_images=frames[1:])
     words = ["ask", moving, QUESTION, "--model", folder / "model", "--max-new-tokens", "4000"]
-    with subprocess.Popen([PROGRAM, *words], stderr=subprocess.PIPE, stdout=subprocess.PIPE) as program:
+    # A shell's background jobs, and so their children, ignore the signal unless told otherwise.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    pipe = subprocess.PIPE
+    with subprocess.Popen([PROGRAM, *words], stderr=pipe, stdout=pipe, preexec_fn=heed) as program:
         assert program.stderr is not None
         said = program.stderr.readline().decode()
         program.send_signal(signal.SIGINT)
