@@ -1,0 +1,21 @@
+"""LLaVA-1.5-7B (llava-hf/llava-1.5-7b-hf): one image, at the paper's budgets."""
+
+import torch
+from measure import arguments, compare, random_model
+from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+from vlmzip import VisionZip
+
+
+def main() -> None:
+    given = arguments("LLaVA-1.5-7B's shape")
+    text = LlamaConfig(vocab_size=32064, num_hidden_layers=given.layers)
+    model = random_model(LlavaForConditionalGeneration, LlavaConfig(text_config=text), given.dtype)
+    pixels = torch.randn(1, 3, 336, 336).to(model.dtype)
+    methods = {f"tokens={tokens}": VisionZip(tokens=tokens) for tokens in (192, 128, 64)}
+    title = f"llava-1.5-7b, {given.layers} LLM layers, {given.dtype}, {given.threads} threads, 336 x 336"
+    compare(title, model, methods, lambda: model.get_image_features(pixels), "image", given.rounds)
+
+
+if __name__ == "__main__":
+    main()
