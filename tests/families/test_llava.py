@@ -547,7 +547,8 @@ def test_what_was_not_computed_is_nan(case: Case) -> None:
     with vlmzip.compress(case.model, None, METHOD):
         features = case.model.get_image_features(pixels)
     torch.testing.assert_close(features.hidden_states[-2], stock[-2])
-    assert features.hidden_states[-1].isnan().all()
+    last = features.hidden_states[-1]  # newer transformers keep only what is asked for
+    assert last is None or last.isnan().all()
     assert features.last_hidden_state.isnan().all()
 
 
