@@ -24,7 +24,7 @@ def main() -> None:
     pixels = torch.randn(1, VIEWS, 3, 364, 364).to(model.dtype)
     methods = {f"tokens={tokens}": VisionZip(tokens=tokens) for tokens in (64, 32)}
     setting = f"{given.layers} LLM layers, {given.dtype}, {given.threads} threads"
-    title = f"Idefics3-8B-Llama3, {setting}, {VIEWS} view of 364 x 364"
+    title = f"Idefics3-8B-Llama3, {setting}, 364 x 364, views: {VIEWS}"
     compare(title, model, methods, lambda: model.get_image_features(pixels), "image", given.rounds)
 
 

@@ -24,7 +24,7 @@ def main() -> None:
     pixels = torch.randn(VIEWS, 3, 448, 448).to(model.dtype)
     methods = {f"tokens={tokens}": VisionZip(tokens=tokens) for tokens in (128, 64)}
     setting = f"{given.layers} LLM layers, {given.dtype}, {given.threads} threads"
-    title = f"InternVL3-8B, {setting}, {VIEWS} view of 448 x 448"
+    title = f"InternVL3-8B, {setting}, 448 x 448, views: {VIEWS}"
     compare(title, model, methods, lambda: model.get_image_features(pixels), "image", given.rounds)
 
 

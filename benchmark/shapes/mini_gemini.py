@@ -11,10 +11,13 @@ from vlmzip.mini_gemini import MiniGeminiConfig, MiniGeminiForConditionalGenerat
 def main() -> None:
     given = arguments("Mini-Gemini-7B's shape")
     text = LlamaConfig(vocab_size=32064, num_hidden_layers=given.layers)
-    model = random_model(MiniGeminiForConditionalGeneration, MiniGeminiConfig(text_config=text))
-    low, high = torch.randn(1, 3, 336, 336).bfloat16(), torch.randn(1, 3, 768, 768).bfloat16()
+    config = MiniGeminiConfig(text_config=text)
+    model = random_model(MiniGeminiForConditionalGeneration, config, given.dtype)
+    low = torch.randn(1, 3, 336, 336).to(model.dtype)
+    high = torch.randn(1, 3, 768, 768).to(model.dtype)
     methods = {f"tokens={tokens}": VisionZip(tokens=tokens) for tokens in (192, 128, 64)}
-    title = f"Mini-Gemini-7B, {given.layers} LLM layers, bf16, {given.threads} threads, 336 and 768"
+    setting = f"{given.layers} LLM layers, {given.dtype}, {given.threads} threads"
+    title = f"Mini-Gemini-7B, {setting}, 336 and 768"
     compare(title, model, methods, lambda: model.get_image_features(low, high), "image", given.rounds)
 
 

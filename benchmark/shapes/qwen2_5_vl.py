@@ -24,18 +24,19 @@ def main() -> None:
             "rope_parameters": {"rope_type": "default", "mrope_section": [16, 24, 24]},
         },
     )
-    model = random_model(Qwen2_5_VLForConditionalGeneration, config)
+    model = random_model(Qwen2_5_VLForConditionalGeneration, config, given.dtype)
     side = SIDE // config.vision_config.patch_size
     grid = torch.tensor([[1, side, side]])
-    pixels = torch.randn(side * side, 3 * 2 * 14 * 14).bfloat16()
+    pixels = torch.randn(side * side, 3 * 2 * 14 * 14).to(model.dtype)
 
     def beside(ids: torch.Tensor) -> dict[str, Any]:
         types = (ids == config.image_token_id).long()
         return {"image_grid_thw": grid, "mm_token_type_ids": types}
 
     methods = {f"keep={share}": VisionZip(keep=share) for share in (0.7, 0.5)}
+    setting = f"{given.layers} LLM layers, {given.dtype}, {given.threads} threads"
     compare(
-        f"qwen2.5-vl-7b, {given.layers} LLM layers, bf16, {given.threads} threads, {SIDE} x {SIDE}",
+        f"qwen2.5-vl-7b, {setting}, {SIDE} x {SIDE}",
         model,
         methods | {"tokens=64": VisionZip(tokens=64)},
         lambda: model.get_image_features(pixels, grid, return_dict=True),

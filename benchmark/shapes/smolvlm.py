@@ -26,7 +26,7 @@ def main() -> None:
     pixels = torch.randn(1, VIEWS, 3, 384, 384).to(model.dtype)
     methods = {f"tokens={tokens}": VisionZip(tokens=tokens) for tokens in (32, 16)}
     setting = f"{given.layers} LLM layers, {given.dtype}, {given.threads} threads"
-    title = f"SmolVLM2-2.2B, {setting}, {VIEWS} view of 384 x 384"
+    title = f"SmolVLM2-2.2B, {setting}, 384 x 384, views: {VIEWS}"
     compare(title, model, methods, lambda: model.get_image_features(pixels), "image", given.rounds)
 
 

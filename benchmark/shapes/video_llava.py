@@ -10,10 +10,11 @@ from vlmzip import VisionZip
 def main() -> None:
     given = arguments("Video-LLaVA-7B's shape")
     text = LlamaConfig(vocab_size=32064, num_hidden_layers=given.layers)
-    model = random_model(VideoLlavaForConditionalGeneration, VideoLlavaConfig(text_config=text))
-    pixels = torch.randn(1, 8, 3, 224, 224).bfloat16()
+    config = VideoLlavaConfig(text_config=text)
+    model = random_model(VideoLlavaForConditionalGeneration, config, given.dtype)
+    pixels = torch.randn(1, 8, 3, 224, 224).to(model.dtype)
     methods = {f"tokens={tokens}": VisionZip(tokens=tokens) for tokens in (34, 17)}
-    title = f"Video-LLaVA-7B, {given.layers} LLM layers, bf16, {given.threads} threads, 8 frames"
+    title = f"Video-LLaVA-7B, {given.layers} LLM layers, {given.dtype}, {given.threads} threads, 8 frames"
     compare(title, model, methods, lambda: model.model.get_video_features(pixels), "video", given.rounds)
 
 
