@@ -99,12 +99,14 @@ class VideoLlava(Llava):
 @functools.wraps(VideoLlavaModel.get_image_features)
 def _get_image_features(
     self: Any,
-    pixel_values_images: Tensor,
+    pixel_values_images: Any = None,
     vision_feature_layer: Any = None,
     vision_feature_select_strategy: str | None = None,
+    pixel_values: Any = None,  # its name from transformers 5.23 on
     **kwargs: Any,
 ) -> Any:
     """The stock method on all of the tower's tokens: "default" drops CLS before the projector."""
+    pixels: Tensor = pixel_values if pixel_values_images is None else pixel_values_images
     state: Attachment = self._vlmzip
     tower: Tower = state.family.tower
     tower.check_layer(self.config, "vision_feature_layer", vision_feature_layer)
@@ -113,12 +115,12 @@ def _get_image_features(
     with state.tap.listen() as reading:
         features = type(self).get_image_features(
             self,
-            pixel_values_images,
+            pixels,
             vision_feature_layer=vision_feature_layer,
             vision_feature_select_strategy="full",
             **kwargs,
         )
-    views = [1] * pixel_values_images.shape[0]
+    views = [1] * pixels.shape[0]
     state.record(selections_of(reading.zipped, tower.grid, views), "image")
     return features
 
