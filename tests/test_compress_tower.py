@@ -178,6 +178,16 @@ def test_bad_input():
         compress(model, None, VisionZip(tokens=4))
     zipped.remove()
     compress(model, None, VisionZip(tokens=4)).remove()
+    for first, second in ((-2, -3), (-3, -2), (-2, -1)):
+        tower = make("clip")
+        names = [set(vars(module)) for module in tower.modules()]
+        zipped = compress_tower(tower, VisionZip(tokens=4), layer=first)
+        with pytest.raises(ValueError, match="already compressed"):
+            compress_tower(tower, VisionZip(tokens=4), layer=second)
+        assert zipped(torch.randn(1, 3, 112, 112)).tokens.shape == (1, 4, 64)
+        zipped.remove()
+        left = zip(names, (set(vars(module)) for module in tower.modules()), strict=True)
+        assert all(now - before <= {"_output_capturing_hooks_installed"} for before, now in left)
     tower = make("clip")
     compress_tower(tower, VisionZip(tokens=4))
     with pytest.raises(ValueError, match="already compressed"):

@@ -105,7 +105,10 @@ class Attachment:
         for kind, mask_BS in placeholders.items():
             sizes = [entry.dominant.numel() + entry.contextual.numel() for entry in latest.get(kind, ())]
             copies, odd = divmod(int(mask_BS.sum()), max(1, sum(sizes)))  # beams repeat each prompt
-            if odd:
+            repeats = (
+                mask_BS[::copies].repeat_interleave(copies, 0)[: len(mask_BS)] if copies else mask_BS
+            )
+            if odd or not torch.equal(mask_BS, repeats):
                 return  # features of an earlier forward, passed in by the caller
             if copies:
                 places = mask_BS[::copies].flatten().nonzero()[:, 0].tolist()

@@ -166,7 +166,12 @@ def skip_while_armed(layer: nn.Module, tap: Tap, patches: Patches) -> None:
     """Do not run ``layer``, whose output nobody uses, in forwards that end in compression.
 
     Its output is then NaN, so that whoever does look at the last hidden state is not misled.
+
+    Raises:
+        ValueError: Another compression skips it already.
     """
+    if "_vlmzip_tap" in vars(layer):
+        raise ValueError("this vision tower is already compressed; call remove() on its handle first")
     patches.set(layer, "_vlmzip_tap", tap)
     patches.set_forward(layer, _skip_or_run)
 

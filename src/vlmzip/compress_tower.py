@@ -66,6 +66,8 @@ class CompressedTower:
         self._state: Attachment = Attachment(
             self, method, cls_token=spec.cls_token, views=1, dynamic=packed
         )
+        if "_vlmzip" in vars(tower):
+            raise ValueError("this tower is already compressed; call remove() on its handle first")
         try:
             spec.attach(tower, self._state)
         except Exception:
@@ -114,8 +116,8 @@ def _stack(outs: list[ZipOutput]) -> ZipOutput:
     if len({(out.dominant.shape[1], out.contextual.shape[1]) for out in outs}) > 1:
         kept = ", ".join(str(out.tokens.shape[1]) for out in outs)
         raise ValueError(
-            f"the images of this batch keep different numbers of tokens ({kept}); give tokens= that fits "
-            "every image, or encode them one by one"
+            f"the images of this batch keep different numbers of tokens ({kept}), or some of them all "
+            "they have; give tokens= below the number of every image's, or encode them one by one"
         )
     longest = max(out.assignment.shape[1] for out in outs)
     scores = [out.scores for out in outs if out.scores is not None]

@@ -211,6 +211,11 @@ def _get_rope_index(self: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tenso
     mask_BT = given.get("attention_mask")
     if mask_BT is None:
         mask_BT = torch.ones_like(types_BT)
+    if mask_BT.shape != types_BT.shape:
+        raise ValueError(
+            f"attention_mask {list(mask_BT.shape)} and mm_token_type_ids {list(types_BT.shape)} must be "
+            "of the same tokens"
+        )
     mask_BF = mask_BT.gather(1, full.source_BF) * full.real_BF
     given["input_ids"] = given["input_ids"].gather(1, full.source_BF)
     given["mm_token_type_ids"] = types_BT.gather(1, full.source_BF)
@@ -250,7 +255,7 @@ def _compute_3d_position_ids(self: Any, *args: Any, **kwargs: Any) -> Tensor | N
     cache = given.get("past_key_values")
     past = 0 if cache is None else cache.get_seq_length()
     _check_types(self, ids, types)
-    if past and ids is not None and types is not None and self.rope_deltas is not None and types.any():
+    if past and ids is not None and types is not None and types.any():
         return _later_positions(self, ids, types, past, given)
     positions: Tensor | None = stock(self, *args, **kwargs)
     return positions
@@ -266,7 +271,7 @@ def _prepare_position_ids_for_generation(self: Any, inputs_tensor: Tensor, model
     past = 0 if cache is None else cache.get_seq_length()
     with base._vlmzip.prompt.of(model_kwargs.get("mm_encoder_outputs")):
         _check_types(base, ids if ids.ndim == 2 else None, types)
-        if past and types is not None and base.rope_deltas is not None:
+        if past and types is not None:
             fresh = ids.shape[1] if mask is None else mask.shape[1] - past
             ids, types = ids[:, -fresh:], types[:, -fresh:]
             if types.any():
@@ -309,7 +314,7 @@ def _later_positions(
     """
     kept = base._vlmzip.prompt.kept
     grids = {
-        name: None if given.get(name) is None else given[name][-len(kept.get(kind, ())) or None :]
+        name: given[name][-len(kept[kind]) :] if given.get(name) is not None and kept.get(kind) else None
         for kind, name in (
             ("image", "image_grid_thw"),
             ("video", "video_grid_thw"),
@@ -319,10 +324,12 @@ def _later_positions(
     mask = given.get("attention_mask")
     if mask is None:
         mask = torch.ones(len(ids_BT), past + ids_BT.shape[1], dtype=torch.int64, device=ids_BT.device)
-    before_B1 = mask[:, :past].sum(1, keepdim=True) + base.rope_deltas.to(mask.device)
+    seen_B1 = mask[:, :past].sum(1, keepdim=True)
+    # A cached prompt without images leaves no deltas: its positions count padding too.
+    old_B1 = past - seen_B1 if base.rope_deltas is None else base.rope_deltas.to(mask.device)
     positions, deltas = base.get_rope_index(
         ids_BT, mm_token_type_ids=types_BT, attention_mask=mask[:, past:], **grids
     )
-    base.rope_deltas = base.rope_deltas + deltas
-    shifted: Tensor = positions + before_B1
+    base.rope_deltas = old_B1 + deltas
+    shifted: Tensor = positions + seen_B1 + old_B1
     return shifted

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from transformers.image_utils import make_flat_list_of_images
 from transformers.video_utils import make_batched_videos
 
+from vlmzip.errors import UnsupportedModelError
 from vlmzip.methods.base import Method
 
 if TYPE_CHECKING:
@@ -97,8 +98,13 @@ class CompressedProcessor:
 
     def _get_num_multimodal_tokens(self, image_sizes: Any = None, **kwargs: Any) -> Any:
         data = super()._get_num_multimodal_tokens(image_sizes=image_sizes, **kwargs)  # type: ignore[misc]
+        rule = self._vlmzip
+        if getattr(data, "num_video_tokens", None) is not None:
+            raise UnsupportedModelError(
+                f"the tokens that a compressed {rule.family.name} keeps of a video are not known from "
+                "video_sizes alone; call the processor on the video"
+            )
         if image_sizes is not None:
-            rule = self._vlmzip
             data.num_image_tokens = [
                 rule.family.sized_image_tokens(rule.method, stock, size)
                 for stock, size in zip(data.num_image_tokens, image_sizes, strict=True)

@@ -192,8 +192,26 @@ def test_another_model_s_processor_is_refused(small: tuple[Any, Any]) -> None:
         compress(small[0], llava.build(image_size=112)[1], VisionZip(tokens=12))
     with pytest.raises(ValueError, match="256 image tokens where this model has 64"):
         compress(small[0], build(image_size=224, high_image_size=256)[1], VisionZip(tokens=12))
+    with pytest.raises(ValueError, match="256 x 256 pixels where this model takes 128 x 128"):
+        compress(small[0], build(image_size=112, high_image_size=256)[1], VisionZip(tokens=12))
     with pytest.raises(ValueError, match="a view has only 65 tokens"):
         compress(*small, VisionZip(tokens=66))
+
+
+@pytest.mark.parametrize("tokens", [None, 12])
+@pytest.mark.parametrize(
+    "asked", [{"vision_feature_layer": 1}, {"vision_feature_select_strategy": "full"}], ids=str
+)
+def test_another_layer_or_strategy_is_refused(
+    small: tuple[Any, Any], tokens: int | None, asked: dict[str, Any]
+) -> None:
+    model, processor = copy.deepcopy(small)
+    if tokens is not None:
+        compress(model, processor, VisionZip(tokens=tokens))
+    inputs = processor(images=[image(1)], text=["<image> what"], return_tensors="pt")
+    model(**inputs)
+    with pytest.raises(ValueError, match="differs from the config's"):
+        model(**inputs, **asked)
 
 
 @pytest.mark.parametrize(

@@ -307,6 +307,33 @@ def by_row(turns: list[dict[str, Any]], case: Case) -> dict[str, Any]:
     }
 
 
+@torch.no_grad()
+def test_an_image_after_a_cached_text_goes_on_where_the_text_ended(case: Case) -> None:
+    model = case.model
+    with compress(model, case.processor, METHOD):
+        model.model.rope_deltas = None
+        text = process(case, ["hello there my friend"])
+        later = process(case, ["so I what?"], [image(1, 150, 130)])
+        cache = model(**text, use_cache=True).past_key_values
+        seen: dict[str, Any] = {}
+        hook = model.model.language_model.register_forward_pre_hook(
+            lambda _, args, kwargs: seen.update(kwargs), with_kwargs=True
+        )
+        mask = torch.cat([text["attention_mask"], later["attention_mask"]], 1)
+        model(**{**later, "attention_mask": mask}, past_key_values=cache, use_cache=True)
+        hook.remove()
+    past = text["input_ids"].shape[1]
+    assert seen["position_ids"][-3:, 0, :2].tolist() == [[past, past + 1]] * 3
+
+
+def test_video_counts_are_not_told_from_sizes(case: Case) -> None:
+    with (
+        compress(case.model, case.processor, METHOD),
+        pytest.raises(UnsupportedModelError, match="not known from video_sizes"),
+    ):
+        case.processor._get_num_multimodal_tokens(video_sizes=[(4, 150, 170)])
+
+
 def test_beams_keep_each_prompts_images(case: Case) -> None:
     def make(case: Case) -> dict[str, Any]:
         return process(case, ["a I b I", "c I"], [image(i, 150, 130 + 40 * i) for i in range(3)])

@@ -194,6 +194,28 @@ def test_features_of_images_and_videos_without_a_processor(small: tuple[Any, Any
         assert [len(entry.dominant) for entry in zipped.last] == [3, 3]
 
 
+@torch.no_grad()
+def test_features_joined_from_several_calls_after_a_mixed_prompt(small: tuple[Any, Any]) -> None:
+    """What an earlier forward recorded must not be taken for the record of these features."""
+    model, processor = small
+    with compress(model, processor, VisionZip(tokens=5)):
+        mixed = processor(
+            images=[image(9)], videos=[slow.video(1, 2)], text=["<image> <video>"], return_tensors="pt"
+        )
+        model(**mixed)
+        inputs = processor(
+            images=[image(1), image(2)],
+            text=["hi", "<image> b <image>"],
+            padding=True,
+            return_tensors="pt",
+        )
+        pixels = inputs.pop("pixel_values_images")
+        one, two = (model.model.get_image_features(pixels[i : i + 1]) for i in range(2))
+        one.pooler_output = torch.cat([one.pooler_output, two.pooler_output])
+        logits = model(**inputs, mm_encoder_outputs={"image": one}).logits
+    assert logits.isfinite().all()
+
+
 def test_gradients_reach_both_towers_through_the_kept_tokens(small: tuple[Any, Any]) -> None:
     model, processor = copy.deepcopy(small)
     with compress(model, processor, VisionZip(tokens=17)):

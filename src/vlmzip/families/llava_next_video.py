@@ -113,6 +113,7 @@ def _get_video_features(
     family: LlavaNextVideo = state.family
     family.tower.check_layer(self.config, "vision_feature_layer", vision_feature_layer)
     check_strategy(self.config, vision_feature_select_strategy)
+    family.check_unchanged(self.config)
     videos, frames = pixel_values_videos.shape[:2]
     with state.tap.listen() as reading:
         reading.late = True

@@ -232,3 +232,4 @@ def _apply_pooling(self: Any, image_features: Tensor) -> Tensor:
 def _check_arguments(self: Any, layer: Any, strategy: str | None) -> None:
     self._vlmzip.family.tower.check_layer(self.config, "vision_feature_layer", layer)
     check_strategy(self.config, strategy)
+    self._vlmzip.family.check_unchanged(self.config)

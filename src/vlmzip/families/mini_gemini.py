@@ -4,6 +4,7 @@ import functools
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -13,6 +14,7 @@ from vlmzip.attachment import Attachment, selections_of
 from vlmzip.families.base import Card, explain_mismatch, register
 from vlmzip.families.llava import Llava
 from vlmzip.merging import ZipOutput
+from vlmzip.methods.base import Method
 from vlmzip.mini_gemini import MiniGeminiModel, MiniGeminiProcessor
 from vlmzip.towers import Tower
 
@@ -25,6 +27,8 @@ class MiniGemini(Llava):
     A dominant token mines the high-resolution window of its own patch, a contextual token that of its
     target. The CLS token has no window and goes on to the projector as it is.
     """
+
+    high_side: int
 
     name: ClassVar[str] = "mini_gemini"
     processor_class: ClassVar[str] = "MiniGeminiProcessor"
@@ -42,12 +46,23 @@ class MiniGemini(Llava):
     def from_config(cls, config: Any) -> Self:
         """Read the CLIP tower; MiniGeminiConfig has checked that it is one, and the strategy."""
         tower = Tower.from_config(config.vision_config, config.vision_feature_layer)
-        return cls(tower, tower.patches)
+        return cls(tower, tower.patches, config.high_image_size)
 
     @classmethod
     def processor_type(cls) -> Any:
         """Ours: transformers has none."""
         return MiniGeminiProcessor
+
+    def image_tokens(self, method: Method, stock: int, image_inputs: Any, index: int) -> int:
+        """K, for every image; its high-resolution pixels must be of the model's size."""
+        k = super().image_tokens(method, stock, image_inputs, index)
+        height, width = np.shape(image_inputs["pixel_values_high"][index])[-2:]
+        if (height, width) != (self.high_side, self.high_side):
+            raise ValueError(
+                f"the processor makes high-resolution images of {height} x {width} pixels where this "
+                f"model takes {self.high_side} x {self.high_side}: its high_image_size is another model's"
+            )
+        return k
 
     def attach(self, base: PreTrainedModel, state: Attachment) -> None:
         """Tap the CLIP tower; compress between it and the mining."""

@@ -102,8 +102,27 @@ class MiniGeminiModel(LlavaModel):  # type: ignore[misc]
         outputs.pooler_output = list(features)
         return outputs
 
-    def encode_low(self, pixel_values: Tensor, **kwargs: Any) -> tuple[Any, Tensor]:
-        """The low-resolution tower's output, and its tokens [B, 1 + N, D] with the CLS token."""
+    def encode_low(
+        self,
+        pixel_values: Tensor,
+        vision_feature_layer: int | None = None,
+        vision_feature_select_strategy: str | None = None,
+        **kwargs: Any,
+    ) -> tuple[Any, Tensor]:
+        """The low-resolution tower's output, and its tokens [B, 1 + N, D] with the CLS token.
+
+        Raises:
+            ValueError: A layer or strategy is asked for that is not the config's.
+        """
+        for name, asked in (
+            ("vision_feature_layer", vision_feature_layer),
+            ("vision_feature_select_strategy", vision_feature_select_strategy),
+        ):
+            if asked not in (None, getattr(self.config, name)):
+                raise ValueError(
+                    f"{name}={asked!r} differs from the config's {getattr(self.config, name)!r}; "
+                    "Mini-Gemini takes it from the config alone"
+                )
         outputs = self.vision_tower(pixel_values, **{**kwargs, "output_hidden_states": True})
         return outputs, outputs.hidden_states[self.config.vision_feature_layer]
 
@@ -144,7 +163,11 @@ class MiniGeminiModel(LlavaModel):  # type: ignore[misc]
         if pixel_values is not None:
             if mm_encoder_outputs:
                 raise ValueError("give pixel_values or mm_encoder_outputs, not both")
-            features = self.get_image_features(pixel_values, pixel_values_high, return_dict=True)
+            asked = {
+                name: kwargs.pop(name, None)
+                for name in ("vision_feature_layer", "vision_feature_select_strategy")
+            }
+            features = self.get_image_features(pixel_values, pixel_values_high, return_dict=True, **asked)
             mm_encoder_outputs = {"image": features}
         return super().forward(input_ids=input_ids, mm_encoder_outputs=mm_encoder_outputs, **kwargs)
 
