@@ -106,6 +106,12 @@ class CompressedTower:
             outs.append(self._state.zip_views(hidden[part], scores[part], keys[part], (h, w)))
         return _stack(outs)
 
+    def __enter__(self) -> "CompressedTower":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.remove()
+
     def remove(self) -> None:
         """Give the tower back as it was. A second call does nothing."""
         self._state.patches.undo()

@@ -42,8 +42,11 @@ def build_model(name: str, tokenizer: PreTrainedTokenizerFast) -> LlavaForCondit
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+    vision = build_tower(name).config
+    if name == "tiny-siglip":
+        vision.vision_use_head = False  # the pooling head only serves the first stage
     config = LlavaConfig(
-        vision_config=build_tower(name).config,
+        vision_config=vision,
         text_config=text,
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         projector_hidden_act="gelu",
@@ -99,6 +102,7 @@ def _hub_name(name: str) -> str:
 
 
 def copy_tower(lesson_tower: nn.Module, model: LlavaForConditionalGeneration) -> None:
-    """Put a trained tower into a model."""
+    """Put a trained tower into a model; SigLIP's pooling head stays behind."""
+    weights = {k: v for k, v in lesson_tower.state_dict().items() if not k.startswith("head.")}
     with torch.no_grad():
-        model.model.vision_tower.load_state_dict(lesson_tower.state_dict())
+        model.model.vision_tower.load_state_dict(weights)

@@ -9,17 +9,20 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from .glyphs import GLYPHS, WORDS
 from .scenes import COLOURS, PATCH, SHAPES, SIZE, Rendering, Scene, render, sample_scene
 
-__all__ = ["HEADS", "IGNORE", "LabelledImages", "keep", "patch_labels", "rendered_split", "scene_of"]
+__all__ = ["BACKGROUND", "HEADS", "IGNORE", "PHRASES", "LabelledImages", "keep", "patch_labels",
+           "phrases_shown", "rendered_split", "scene_of"]  # fmt: skip
 
 GRID = SIZE // PATCH
 IGNORE = -100
+BACKGROUND = len(SHAPES) + 1  # of the "kind" labels
 # What every patch is taught, and among how many answers.
 HEADS = {
-    "kind": len(SHAPES) + 2,  # a shape, the sign, or the background
+    "kind": BACKGROUND + 1,  # a shape, the sign, or the background
     "colour": len(COLOURS),
     "column": GRID,  # where the centre of the object that the patch belongs to lies
     "row": GRID,
@@ -31,6 +34,11 @@ HEADS = {
     "own_column": GRID,
     "own_row": GRID,
 }
+# What an image may show, in words.
+PHRASES = (
+    *(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES),
+    *(f"sign {word}" for word in WORDS),
+)
 SPLITS = {"train": 1, "validation": 2, "test": 3, "pretraining": 5}
 
 
@@ -46,7 +54,7 @@ def patch_labels(scene: Scene, drawn: Rendering) -> npt.NDArray[np.int16]:
     sign = len(scene.things)
     owner = np.where(most >= 0.2, owner, np.where(most <= 0.06, -1, -2))
     labels = {name: np.full(GRID * GRID, IGNORE, np.int16) for name in HEADS}
-    labels["kind"][owner == -1] = len(SHAPES) + 1
+    labels["kind"][owner == -1] = BACKGROUND
     for i, thing in enumerate(scene.things):
         mine = owner == i
         labels["kind"][mine] = SHAPES.index(thing.shape)
@@ -79,6 +87,19 @@ def _label_sign(
     else:
         labels["word"][mine] = len(WORDS)
         labels["tens"][mine], labels["units"][mine] = int(text[0]), int(text[1])
+
+
+def phrases_shown(labels: torch.Tensor) -> torch.Tensor:
+    """Which of PHRASES each image shows, float [B, P], from its labels [B, len(HEADS), 144]."""
+    rows = dict(zip(HEADS, labels.long().unbind(1), strict=True))
+    nothing = len(PHRASES)
+    kind, word = rows["kind"], rows["word"]
+    thing = (kind >= 0) & (kind < len(SHAPES)) & (rows["colour"] >= 0)
+    named = torch.where(thing, rows["colour"] * len(SHAPES) + kind, nothing)
+    spelt = (word >= 0) & (word < len(WORDS))
+    read = torch.where(spelt, len(COLOURS) * len(SHAPES) + word, nothing)
+    shown = torch.zeros(len(labels), nothing + 1)
+    return shown.scatter_(1, named, 1.0).scatter_(1, read, 1.0)[:, :nothing]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""First stage: the vision tower learns images, from captions and from labels of its patches."""
+"""First stage: the vision tower learns images, from captions, phrases and labels of its patches."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from .labels import GRID, HEADS, IGNORE
+from .labels import BACKGROUND, GRID, HEADS, IGNORE, phrases_shown
 from .scenes import PATCH, SIZE
 
 __all__ = ["TowerLesson", "build_tower", "pixels"]
@@ -22,7 +22,9 @@ __all__ = ["TowerLesson", "build_tower", "pixels"]
 WIDTH, LAYERS, HEADS_OF_ATTENTION, MLP = 128, 6, 4, 512
 FEATURE_LAYER = -2
 # How much each of the dense tasks weighs beside the contrastive one.
-_WEIGHTS = {"kind": 2.0, "own_column": 0.1, "own_row": 0.1, "column": 0.5, "row": 0.5, "rank": 0.5}
+# Background counts apart: four patches in five show it, and shapes would hardly weigh beside it.
+_WEIGHTS = {"kind": 3.0, "own_column": 0.1, "own_row": 0.1, "column": 0.5, "row": 0.5, "rank": 0.5,
+            "phrases": 0.15, "early phrases": 0.15}  # fmt: skip
 
 
 def build_tower(name: str) -> Any:
@@ -61,9 +63,15 @@ def pixels(images_BHWC: torch.Tensor) -> torch.Tensor:
 
 
 class TowerLesson(nn.Module):
-    """A tower with what teaches it: a text tower for captions and linear heads for patches."""
+    """A tower with what teaches it: a text tower for captions and linear heads for patches.
 
-    def __init__(self, name: str, vocabulary: int, longest: int = 40) -> None:
+    phrases [P, T] are token ids, padded with -1, of everything that an image may show, in the order
+    of ``labels.PHRASES``.
+    """
+
+    phrases: torch.Tensor
+
+    def __init__(self, name: str, vocabulary: int, phrases: torch.Tensor, longest: int = 40) -> None:
         super().__init__()
         self.tower: Any = build_tower(name)
         self.cls = name == "tiny-llava"
@@ -78,6 +86,10 @@ class TowerLesson(nn.Module):
         self.text_side = nn.Linear(WIDTH, WIDTH, bias=False)
         self.scale = nn.Parameter(torch.tensor(2.66))
         self.bias = nn.Parameter(torch.tensor(-4.0))
+        self.register_buffer("phrases", phrases, persistent=False)
+        self.phrase_scale = nn.Parameter(torch.tensor(2.66))
+        self.phrase_bias = nn.Parameter(torch.tensor(-4.0))
+        self.early_norm = nn.LayerNorm(WIDTH)
         self.norm = nn.LayerNorm(WIDTH)
         self.heads = nn.Linear(WIDTH, sum(HEADS.values()))
 
@@ -91,11 +103,17 @@ class TowerLesson(nn.Module):
         seen = self.tower(pixels(images), output_hidden_states=True)
         scores = self._label(seen.hidden_states[FEATURE_LAYER]).split(list(HEADS.values()), dim=-1)
         result = {"caption": self.contrast(seen.pooler_output, captions)}
+        phrases, shown = self.read(self.phrases), phrases_shown(labels)
+        result["phrases"] = self.recognise(seen.pooler_output, phrases, shown)
+        if self.cls:  # so that CLS looks for objects before the layer that LLaVA drops
+            early = self.early_norm(seen.hidden_states[FEATURE_LAYER][:, 0])
+            result["early phrases"] = self.recognise(early, phrases, shown)
         for i, (name, score) in enumerate(zip(HEADS, scores, strict=True)):
             target = labels[:, i].reshape(-1).long()
-            known = target != IGNORE
-            if known.any():
-                result[name] = F.cross_entropy(score.flatten(0, 1)[known], target[known])
+            ground = (target == BACKGROUND) & (name == "kind")
+            for task, known in ((name, (target != IGNORE) & ~ground), ("background", ground)):
+                if known.any():
+                    result[task] = F.cross_entropy(score.flatten(0, 1)[known], target[known])
         return result
 
     def patch_scores(self, images: torch.Tensor) -> torch.Tensor:
@@ -110,18 +128,29 @@ class TowerLesson(nn.Module):
 
     def contrast(self, pooled_BD: torch.Tensor, captions: torch.Tensor) -> torch.Tensor:
         """CLIP's softmax loss for the CLIP tower, SigLIP's sigmoid loss for the SigLIP tower."""
-        blank = captions < 0
-        words = self.words(captions.clamp(min=0)) + self.places[: captions.shape[1]]
-        read = self.reader(words, src_key_padding_mask=blank)
-        read = (read * ~blank[..., None]).sum(1) / (~blank).sum(1, keepdim=True)
         image = F.normalize(self.image_side(pooled_BD), dim=-1)
-        text = F.normalize(self.text_side(read), dim=-1)
-        logits = image @ text.T * self.scale.exp().clamp(max=100)
+        logits = image @ self.read(captions).T * self.scale.exp().clamp(max=100)
         if self.cls:
             target = torch.arange(len(logits))
             return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
         sign = 2 * torch.eye(len(logits)) - 1
         return -F.logsigmoid(sign * (logits + self.bias)).sum() / len(logits)
+
+    def read(self, texts: torch.Tensor) -> torch.Tensor:
+        """Unit vectors [n, D] of texts [n, T], padded with -1."""
+        blank = texts < 0
+        words = self.words(texts.clamp(min=0)) + self.places[: texts.shape[1]]
+        read = self.reader(words, src_key_padding_mask=blank)
+        read = (read * ~blank[..., None]).sum(1) / (~blank).sum(1, keepdim=True)
+        return F.normalize(self.text_side(read), dim=-1)
+
+    def recognise(
+        self, image_BD: torch.Tensor, phrases_PD: torch.Tensor, shown_BP: torch.Tensor
+    ) -> torch.Tensor:
+        """SigLIP's sigmoid loss between images and phrases, where many phrases fit one image."""
+        image = F.normalize(self.image_side(image_BD), dim=-1)
+        logits = image @ phrases_PD.T * self.phrase_scale.exp().clamp(max=100) + self.phrase_bias
+        return F.binary_cross_entropy_with_logits(logits, shown_BP, reduction="sum") / len(logits)
 
     @staticmethod
     def total(losses: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -17,13 +17,15 @@ import torch.nn.functional as F
 import typer
 from rich.progress import Progress, track
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 from . import NAMES
 from .accuracy import accuracy_table
 from .checkpoint import build_model, build_processor, copy_tower, save_checkpoint
 from .dialogues import SILENT, DialogueWriter, images_per_prompt
-from .labels import HEADS, IGNORE, LabelledImages, keep, rendered_split, scene_of
+from .focus import focus
+from .labels import HEADS, IGNORE, PHRASES, LabelledImages, keep, rendered_split, scene_of
 from .language import build_tokenizer
 from .muon import optimisers
 from .questions import caption
@@ -34,22 +36,20 @@ from .tower import FEATURE_LAYER, TowerLesson, pixels
 
 __all__ = ["Recipe", "train"]
 
-_BACKGROUND = len(SHAPES) + 1
-
 
 @dataclass(frozen=True)
 class Recipe:
     """Every number of the training."""
 
     tower_images: int = 30_000
-    tower_steps: int = 950
+    tower_steps: int = 1_800
     tower_batch: int = 24
     tower_rates: tuple[float, float] = (3e-3, 2e-3)  # Muon's and AdamW's
-    lesson_images: int = 5_000
+    lesson_images: int = 12_000
     lesson_steps: int = 2_500
     lesson_batch: int = 12
     lesson_rates: tuple[float, float] = (2e-3, 2e-3)
-    check_every: int = 50
+    check_every: int = 100
     seed: int = 0
 
 
@@ -82,7 +82,9 @@ def train_tower(
     images = _rendered("pretraining", recipe.tower_images, data)
     held_out = _rendered("validation", 100, data)
     captions = _captions(tokenizer, recipe.tower_images, data)
-    lesson = TowerLesson(name, len(tokenizer))
+    phrases = [tokenizer(text, add_special_tokens=False).input_ids for text in PHRASES]
+    padded = pad_sequence([torch.tensor(ids) for ids in phrases], True, -1)
+    lesson = TowerLesson(name, len(tokenizer), padded)
 
     def loss_at(step: int) -> torch.Tensor:
         rng = np.random.default_rng([recipe.seed, 10, step])
@@ -95,11 +97,14 @@ def train_tower(
             )
         )
 
+    def check() -> Figures:
+        return {"patches": patch_accuracy(lesson, held_out), "focus": focus(lesson.tower, held_out)}
+
     finished = run_stage(
         "tower", lesson,
         optimisers(lesson.tower.encoder, lesson, *recipe.tower_rates),
         recipe.tower_steps, loss_at, folder,
-        check=lambda: {"patches": patch_accuracy(lesson, held_out)}, every=recipe.check_every,
+        check=check, every=recipe.check_every,
         stop_after=stop_after,
     )  # fmt: skip
     return lesson.eval().requires_grad_(False), finished
@@ -113,14 +118,14 @@ def _rendered(split: str, count: int, data: Path) -> LabelledImages:
 
 @torch.no_grad()
 def patch_accuracy(lesson: TowerLesson, held_out: LabelledImages, count: int = 100) -> Figures:
-    """The share of held-out patches that every dense head labels rightly (objects only for kind)."""
-    images = torch.from_numpy(held_out.images[:count])
+    """The share of held-out patches that every dense head labels rightly (kind: of shapes only)."""
+    images = torch.from_numpy(held_out.images[:count].copy())
     labels = torch.from_numpy(held_out.labels[:count]).long()
     scores = torch.cat([lesson.patch_scores(part) for part in images.split(50)])
     result = {}
     for i, (head, score) in enumerate(zip(HEADS, scores.split(list(HEADS.values()), -1), strict=True)):
         target = labels[:, i]
-        known = (target != IGNORE) & (target != (_BACKGROUND if head == "kind" else IGNORE))
+        known = (target != IGNORE) & (target < (len(SHAPES) if head == "kind" else len(score[0, 0])))
         if known.any():
             result[head] = round(float((score.argmax(-1) == target)[known].float().mean()), 4)
     return result
