@@ -92,7 +92,10 @@ class CompressedProcessor:
         rule = self._vlmzip
         filled = rule.family.placeholder(self)[0] if kind == "images" else token
         count = sum(prompt.count(filled) for prompt in text)
-        if wanted and not count:
+        least = rule.family.least_in_a_row(rule.method)
+        rows = re.compile(f"(?:{re.escape(filled)})+")
+        forgotten = any(len(row) < least * len(filled) for prompt in text for row in rows.findall(prompt))
+        if forgotten or (wanted and not count):
             raise ValueError(f"the text has {wanted} {token} and no images were given; pass images=")
         rule.family.check_expanded(rule.method, count, filled)
 

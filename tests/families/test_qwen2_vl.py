@@ -436,6 +436,16 @@ def test_media_without_a_placeholder(case: Case) -> None:
             process(case, ["I I"], [image(1)])
 
 
+def test_a_placeholder_without_its_image(case: Case) -> None:
+    with compress(case.model, case.processor, METHOD):
+        for prompts in (["I what?"], ["I what?", "I and I", "hello"]):
+            with pytest.raises(ValueError, match="no images were given; pass images="):
+                process(case, prompts)
+        text = process(case, ["I what?"], [image(1)])["input_ids"]
+        again = case.processor(text=case.processor.batch_decode(text), return_tensors="pt")
+        assert torch.equal(again["input_ids"], text)  # a prompt that is expanded already
+
+
 def test_a_tower_that_is_not_square(case: Case) -> None:
     config = copy.deepcopy(case.model.config)
     config.vision_config.patch_size = (14, 16)

@@ -112,6 +112,10 @@ class Family(ABC):
             ValueError: They cannot be.
         """
 
+    def least_in_a_row(self, method: Method) -> int:
+        """The fewest placeholders that one image of a prompt that is expanded already can have."""
+        return 1
+
     @classmethod
     def processor_type(cls) -> Any:
         """The class that ``processor_class`` names."""

@@ -74,6 +74,10 @@ class Qwen2VL(Family):
     def check_expanded(self, method: Method, placeholders: int, token: str) -> None:
         """Nothing to check: images differ in size, so any number of placeholders can be right."""
 
+    def least_in_a_row(self, method: Method) -> int:
+        """What is kept of two tokens: no image processor makes smaller images."""
+        return method.budget.count(2, dynamic=True)
+
     def check_processor(self, processor: ProcessorMixin, config: Any, method: Method) -> None:
         """Check, on a dummy image and a dummy video, that a processor fits this model."""
         super().check_processor(processor, config, method)
