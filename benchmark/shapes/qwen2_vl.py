@@ -1,12 +1,8 @@
 """Qwen2-VL-7B (Qwen/Qwen2-VL-7B-Instruct): one image, at two shares and at 64 tokens."""
 
-from typing import Any
-
-import torch
-from measure import arguments, compare, random_model
+from measure import arguments
+from one_image import compare_one_image
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
-
-from vlmzip import VisionZip
 
 SIDE = 448  # pixels: 32 x 32 patches, 256 merged tokens
 
@@ -23,26 +19,7 @@ def main() -> None:
             "rope_parameters": {"rope_type": "default", "mrope_section": [16, 24, 24]},
         },
     )
-    model = random_model(Qwen2VLForConditionalGeneration, config, given.dtype)
-    side = SIDE // config.vision_config.patch_size
-    grid = torch.tensor([[1, side, side]])
-    pixels = torch.randn(side * side, 3 * 2 * 14 * 14).to(model.dtype)
-
-    def beside(ids: torch.Tensor) -> dict[str, Any]:
-        types = (ids == config.image_token_id).long()
-        return {"image_grid_thw": grid, "mm_token_type_ids": types}
-
-    methods = {f"keep={share}": VisionZip(keep=share) for share in (0.7, 0.5)}
-    setting = f"{given.layers} LLM layers, {given.dtype}, {given.threads} threads"
-    compare(
-        f"qwen2-vl-7b, {setting}, {SIDE} x {SIDE}",
-        model,
-        methods | {"tokens=64": VisionZip(tokens=64)},
-        lambda: model.get_image_features(pixels, grid, return_dict=True),
-        "image",
-        given.rounds,
-        beside,
-    )
+    compare_one_image("qwen2-vl-7b", Qwen2VLForConditionalGeneration, config, SIDE, given)
 
 
 if __name__ == "__main__":

@@ -3,13 +3,9 @@
 DeepStack features go into the first three layers of the language model; with fewer --layers, into those.
 """
 
-from typing import Any
-
-import torch
-from measure import arguments, compare, random_model
+from measure import arguments
+from one_image import compare_one_image
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
-
-from vlmzip import VisionZip
 
 SIDE = 512  # pixels: 32 x 32 patches, 256 merged tokens
 
@@ -26,26 +22,7 @@ def main() -> None:
             "rope_parameters": rope | {"rope_theta": 5_000_000},
         },
     )
-    model = random_model(Qwen3VLForConditionalGeneration, config, given.dtype)
-    side = SIDE // config.vision_config.patch_size
-    grid = torch.tensor([[1, side, side]])
-    pixels = torch.randn(side * side, 3 * 2 * 16 * 16).to(model.dtype)
-
-    def beside(ids: torch.Tensor) -> dict[str, Any]:
-        types = (ids == config.image_token_id).long()
-        return {"image_grid_thw": grid, "mm_token_type_ids": types}
-
-    methods = {f"keep={share}": VisionZip(keep=share) for share in (0.7, 0.5)}
-    setting = f"{given.layers} LLM layers, {given.dtype}, {given.threads} threads"
-    compare(
-        f"qwen3-vl-8b, {setting}, {SIDE} x {SIDE}",
-        model,
-        methods | {"tokens=64": VisionZip(tokens=64)},
-        lambda: model.get_image_features(pixels, grid, return_dict=True),
-        "image",
-        given.rounds,
-        beside,
-    )
+    compare_one_image("qwen3-vl-8b", Qwen3VLForConditionalGeneration, config, SIDE, given)
 
 
 if __name__ == "__main__":

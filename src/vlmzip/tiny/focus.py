@@ -27,7 +27,7 @@ def focus(tower: Any, held_out: LabelledImages, tokens: int = 16, count: int = 1
     that the top 5 % of the patches get.
     """
     with compress_tower(tower, VisionZip(tokens=tokens), layer=FEATURE_LAYER) as compressed:
-        out = compressed(pixels(torch.from_numpy(held_out.images[:count])))
+        out = compressed(pixels(torch.from_numpy(held_out.images[:count].copy())))
     assert out.scores is not None  # a tower's output always has them
     labels = dict(zip(HEADS, torch.from_numpy(held_out.labels[:count]).long().unbind(1), strict=True))
     # instances are told apart by colour and shape, which no two objects of a scene share
