@@ -1,11 +1,18 @@
 """Asking a model about an image: the prompt, the answer, and the time to the first token."""
 
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
+
+from vlmzip.compress import compress
+from vlmzip.methods import Method
 
 
 def prompt_for(processor: Any, question: str) -> str:
@@ -35,12 +42,34 @@ def prompt_for(processor: Any, question: str) -> str:
 
 def prepare(processor: Any, image: Image.Image, prompt: str, model: Any) -> Any:
     """The model's inputs, on its device, pixels in its dtype."""
-    bos = processor.tokenizer.bos_token
-    templated = bos is not None and prompt.startswith(bos)  # the tokenizer would add a second one
     inputs = processor(
-        images=[image], text=[prompt], return_tensors="pt", add_special_tokens=not templated
+        images=[image],
+        text=[prompt],
+        return_tensors="pt",
+        add_special_tokens=not _is_templated(processor, prompt),
     )
     return inputs.to(model.device, model.dtype)
+
+
+def prepare_batch(
+    processor: Any, images: Sequence[Image.Image], prompts: Sequence[str], model: Any
+) -> Any:
+    """The model's inputs for several prompts of one image each, shorter ones padded on the left."""
+    inputs = processor(
+        images=[[image] for image in images],
+        text=list(prompts),
+        return_tensors="pt",
+        padding=True,
+        padding_side="left",
+        add_special_tokens=not _is_templated(processor, prompts[0]),
+    )
+    return inputs.to(model.device, model.dtype)
+
+
+def _is_templated(processor: Any, prompt: str) -> bool:
+    """Whether the prompt begins with the first token already; the tokenizer would add a second one."""
+    bos = processor.tokenizer.bos_token
+    return bos is not None and prompt.startswith(bos)
 
 
 def check_length(model: Any, inputs: Any, max_new_tokens: int) -> None:
@@ -81,6 +110,28 @@ def generate(model: Any, processor: Any, inputs: Any, max_new_tokens: int) -> An
     Raises:
         ValueError: The model gave NaN or infinite logits.
     """
+    sequences = _greedy(model, inputs, max_new_tokens)
+    prompt = inputs["input_ids"]
+    new = sequences[0, prompt.shape[1] :]
+    return Answer(
+        text=processor.decode(new, skip_special_tokens=True).strip(),
+        new_tokens=len(new),
+        prompt_tokens=prompt.shape[1],
+        image_tokens=int((prompt == model.config.image_token_id).sum()),
+    )
+
+
+def generate_batch(model: Any, processor: Any, inputs: Any, max_new_tokens: int) -> list[str]:
+    """Answer several prompts greedily.
+
+    Raises:
+        ValueError: The model gave NaN or infinite logits.
+    """
+    new = _greedy(model, inputs, max_new_tokens)[:, inputs["input_ids"].shape[1] :]
+    return [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
+
+
+def _greedy(model: Any, inputs: Any, max_new_tokens: int) -> Tensor:
     out = model.generate(
         **inputs,
         max_new_tokens=max_new_tokens,
@@ -90,14 +141,8 @@ def generate(model: Any, processor: Any, inputs: Any, max_new_tokens: int) -> An
     )
     if not all(logits.isfinite().all() for logits in out.logits):
         raise ValueError("the model gave NaN or infinite logits; check its weights and --dtype")
-    prompt = inputs["input_ids"]
-    new = out.sequences[0, prompt.shape[1] :]
-    return Answer(
-        text=processor.decode(new, skip_special_tokens=True).strip(),
-        new_tokens=len(new),
-        prompt_tokens=prompt.shape[1],
-        image_tokens=int((prompt == model.config.image_token_id).sum()),
-    )
+    sequences: Tensor = out.sequences
+    return sequences
 
 
 def time_first_token(model: Any, inputs: Any) -> float:
@@ -113,3 +158,42 @@ def _wait(model: Any) -> None:
     """Let the device finish what was queued."""
     if model.device.type != "cpu":
         getattr(torch, model.device.type).synchronize()
+
+
+class Side:
+    """The model with or without compression, and the inputs that fit it."""
+
+    def __init__(self, model: Any, method: Method | None, inputs: Any) -> None:
+        self.model = model
+        self.method = method
+        self.inputs = inputs
+
+    @contextmanager
+    def _attached(self) -> Iterator[None]:
+        if self.method is None:
+            yield
+        else:
+            with compress(self.model, None, self.method):
+                yield
+
+    def answer(self, processor: Any, max_new_tokens: int) -> Answer:
+        """The model's answer."""
+        with self._attached():
+            return generate(self.model, processor, self.inputs, max_new_tokens)
+
+    def time(self) -> float:
+        """Milliseconds to the first token; attaching is not timed."""
+        with self._attached():
+            return time_first_token(self.model, self.inputs)
+
+
+def time_in_turn(sides: Sequence[Side], patience: float, most: int) -> tuple[list[float], int]:
+    """Median milliseconds to the first token of each side, and how many runs each had.
+
+    After a warm-up the sides take turns, so that a busy machine slows all alike; at most ``most``
+    runs each, fewer where they would take longer than ``patience`` seconds together.
+    """
+    warm = sum(side.time() for side in sides) / 1000
+    runs = max(1, min(most, int(patience / warm)))
+    rounds = [[side.time() for side in sides] for _ in range(runs)]
+    return [median(column) for column in zip(*rounds, strict=True)], runs

@@ -1,7 +1,5 @@
 """``vlmzip ask``: ask a model about an image, with few image tokens and, to compare, with all."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -93,7 +91,7 @@ def _ask(
     max_new_tokens: int,
 ) -> dict[str, Any]:
     """Answer and measure; the part of the JSON document that is measured."""
-    from vlmzip.asking import check_length, prepare, prompt_for
+    from vlmzip.asking import Side, check_length, prepare, prompt_for, time_in_turn
     from vlmzip.compress import compress
 
     prompt = prompt_for(processor, question)
@@ -102,15 +100,15 @@ def _ask(
         with compress(model, processor, method) as zipped:
             inputs = prepare(processor, image, prompt, model)
             method = zipped.method
-    sides = [_Side(model, method, inputs)]
+    sides = [Side(model, method, inputs)]
     if compare:
-        sides.append(_Side(model, None, stock_inputs))
+        sides.append(Side(model, None, stock_inputs))
     for side in sides:
         check_length(model, side.inputs, max_new_tokens)
     with working("answering"):
         answers = [side.answer(processor, max_new_tokens) for side in sides]
     with working("timing the first token"):
-        times, runs = _time(sides)
+        times, runs = time_in_turn(sides, PATIENCE, MOST_RUNS)
     ids = stock_inputs["input_ids"]
     stock: dict[str, Any] = {
         "image_tokens": int((ids == model.config.image_token_id).sum()),
@@ -126,49 +124,6 @@ def _ask(
         "uncompressed": stock,
         "timing": {"measured": MEASURED, "runs": runs, "warm_up_runs": 1},
     }
-
-
-class _Side:
-    """The model with or without compression, and the inputs that fit it."""
-
-    def __init__(self, model: Any, method: "Method | None", inputs: Any) -> None:
-        self.model = model
-        self.method = method
-        self.inputs = inputs
-
-    @contextmanager
-    def _attached(self) -> Iterator[None]:
-        from vlmzip.compress import compress
-
-        if self.method is None:
-            yield
-        else:
-            with compress(self.model, None, self.method):
-                yield
-
-    def answer(self, processor: Any, max_new_tokens: int) -> "Answer":
-        """The model's answer."""
-        from vlmzip.asking import generate
-
-        with self._attached():
-            return generate(self.model, processor, self.inputs, max_new_tokens)
-
-    def time(self) -> float:
-        """Milliseconds to the first token; attaching is not timed."""
-        from vlmzip.asking import time_first_token
-
-        with self._attached():
-            return time_first_token(self.model, self.inputs)
-
-
-def _time(sides: list[_Side]) -> tuple[list[float], int]:
-    """Median milliseconds of each side, runs taken in turn after a warm-up, and how many runs."""
-    from statistics import median
-
-    warm = sum(side.time() for side in sides) / 1000
-    runs = max(1, min(MOST_RUNS, int(PATIENCE / warm)))
-    rounds = [[side.time() for side in sides] for _ in range(runs)]
-    return [median(column) for column in zip(*rounds, strict=True)], runs
 
 
 def _figures(answer: "Answer", milliseconds: float) -> dict[str, Any]:
