@@ -67,6 +67,8 @@ class _Package(ModuleType):
 
 
 def __getattr__(name: str) -> Any:
+    if name == "vllm":
+        return import_module("vlmzip.vllm")
     if name not in _HOMES:
         raise AttributeError(f"module 'vlmzip' has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(_HOMES[name]), name)

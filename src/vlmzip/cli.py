@@ -9,7 +9,10 @@ from typer.core import TyperGroup
 
 from vlmzip import __version__
 from vlmzip.commands.ask import ask
+from vlmzip.commands.eval import evaluate
 from vlmzip.commands.models import models
+from vlmzip.commands.path import path
+from vlmzip.commands.serve import PASS_ON, serve
 from vlmzip.commands.show import show
 
 # What bad input raises, in our code or below it. Anything else is a defect: its traceback is wanted.
@@ -55,8 +58,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for verb in (ask, show, models):
+for verb in (ask, show, models, path):
     app.command()(verb)
+app.command("eval")(evaluate)
+app.command(context_settings=PASS_ON)(serve)
 
 
 def _print_version(wanted: bool) -> None:

@@ -1,6 +1,6 @@
 """Loading a checkpoint of any supported family: everything cheap is checked before the weights."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -45,8 +45,8 @@ def load(model: str, dtype: str = "auto", device: str = "auto") -> tuple[Any, An
         raise ValueError(f"unknown dtype {dtype!r}; give one of {', '.join(DTYPES)}")
     target = find_device(device)
     source = find_checkpoint(model)
-    config = _load_config(source)
-    processor = _load_processor(source)
+    config = load_config(source)
+    processor = load_processor(source)
     return _load_model(source, config, dtype).eval().to(target), processor
 
 
@@ -98,17 +98,27 @@ def find_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _load_config(source: str) -> Any:
-    """The config, of a family that can be compressed."""
+def load_config(source: str, known: Collection[str] | None = None) -> Any:
+    """The config alone, of a family that can be compressed.
+
+    Args:
+        source: A checkpoint folder or a hub name, as :func:`find_checkpoint` returns it.
+        known: Model types to take; None: every family.
+
+    Raises:
+        ValueError: It cannot be read.
+        UnsupportedModelError: Its model type is another, or its configuration cannot be compressed.
+    """
+    known = families() if known is None else sorted(known)
     with _explained("config", source):
         raw, _ = PreTrainedConfig.get_config_dict(source)
         if not isinstance(raw, dict):
             raise ValueError("its config.json holds no JSON object")
         model_type = raw.get("model_type")
-    if model_type not in families():
+    if model_type not in known:
         raise UnsupportedModelError(
             f"{source} is a model of type {model_type!r}, which is not supported; "
-            f"supported: {', '.join(families())}"
+            f"supported: {', '.join(known)}"
         )
     with _explained("config", source):
         config = AutoConfig.from_pretrained(source)
@@ -135,7 +145,12 @@ def _load_model(source: str, config: Any, dtype: str) -> Any:
     return model
 
 
-def _load_processor(source: str) -> Any:
+def load_processor(source: str) -> Any:
+    """The processor of a checkpoint folder or hub name.
+
+    Raises:
+        ValueError: A file of it is missing or corrupt.
+    """
     if Path(source).is_dir():
         for part, names in _PROCESSOR_FILES.items():
             if not any((Path(source) / name).is_file() for name in names):

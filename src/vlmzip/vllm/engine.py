@@ -1,0 +1,240 @@
+"""What a compressed vLLM is started with, checked before anything is started."""
+
+import importlib.util
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+from vlmzip.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from vlmzip.families import Family
+    from vlmzip.methods import Method
+
+PLUGIN_GROUP = "vllm.general_plugins"
+PLUGIN_NAME = "vlmzip"
+# vLLM's default on a CPU is 128: a compressed prompt is often shorter than one such block, and the
+# prefix cache holds whole blocks only.
+CPU_BLOCK_SIZE = 32
+
+# Engine arguments that would have the model, or its config, come from elsewhere than what was checked.
+_ALLOWED = {"model_impl": ("auto", "vllm"), "config_format": ("auto", "hf"), "hf_config_path": (None,)}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checkpoint and the settings that it is served with; both fit each other.
+
+    Attributes:
+        model: The checkpoint folder, or the hub name.
+        config: Its transformers config.
+        family: Its family, fitted to the config.
+        method: What compresses it, its ``order`` settled.
+        max_visual_tokens: The most tokens a view that a request may ask for; None: the method's.
+        architecture: The name that only the plugin registers.
+    """
+
+    model: str
+    config: Any
+    family: "Family"
+    method: "Method"
+    max_visual_tokens: int | None
+    architecture: str
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The ``vlmzip`` dict of the served model's config."""
+        most = self.max_visual_tokens
+        return self.method.settings() | ({} if most is None else {"max_visual_tokens": most})
+
+    def overrides(self, own: Any = None) -> dict[str, Any]:
+        """vLLM's ``hf_overrides``: ``own`` ones of the caller, and what makes the engine strict.
+
+        Raises:
+            TypeError: ``own`` is not a dict.
+            ValueError: ``own`` sets what is set here.
+        """
+        if own is not None and not isinstance(own, Mapping):
+            raise TypeError(
+                f"hf_overrides must be a dict to be merged with the compression's, got {own!r}"
+            )
+        ours = {"architectures": [self.architecture], "vlmzip": self.settings}
+        if taken := sorted(ours.keys() & dict(own or {}).keys()):
+            raise ValueError(
+                f"hf_overrides must not set {' or '.join(taken)}: these say how the model is compressed, "
+                "and are set from the method and its budget; give those"
+            )
+        return {**(own or {}), **ours}
+
+
+def engine_args(
+    model: str | os.PathLike[str],
+    method: "Method | None" = None,
+    *,
+    max_visual_tokens: int | None = None,
+    **kw: Any,
+) -> dict[str, Any]:
+    """Keyword arguments for ``vllm.LLM(**...)``: an engine that is compressed or does not start.
+
+    Reads the checkpoint's config only, and imports no vLLM. On vLLM's CPU build ``block_size`` is 32
+    unless given: its own 128 is more than most compressed prompts have, so that they would never be
+    found in the prefix cache.
+
+    Args:
+        model: A checkpoint folder, a hub name, or the name of an embedded model.
+        method: An encoder method such as ``VisionZip(tokens=64)``. None: what the checkpoint stores.
+        max_visual_tokens: The most tokens a view that a request may ask for, by
+            ``mm_processor_kwargs={"visual_tokens": k}``. None: no more than the method's own budget.
+        kw: Engine arguments of vLLM, passed on; ``hf_overrides`` is merged.
+
+    Raises:
+        TypeError: ``method`` is no method, or ``hf_overrides`` is no dict.
+        ValueError: The budget does not fit, there is no such checkpoint or no method, or an argument
+            would undo the compression.
+        UnsupportedModelError: The plugin does not serve this model.
+        RuntimeError: vLLM or the plugin is not installed, or VLLM_PLUGINS switches the plugin off.
+    """
+    check_arguments(kw)
+    plan = make_plan(os.fspath(model), method, max_visual_tokens)
+    rest = dict(kw)
+    arguments = {"model": plan.model, "hf_overrides": plan.overrides(rest.pop("hf_overrides", None))}
+    check_installed()
+    return arguments | default_arguments(rest) | rest
+
+
+def make_plan(model: str, method: "Method | None", max_visual_tokens: int | None = None) -> Plan:
+    """Check a checkpoint's config, a method and its budget against each other.
+
+    Args:
+        model: A checkpoint folder, a hub name, or the name of an embedded model.
+        method: What compresses it; None: what the checkpoint stores.
+        max_visual_tokens: The most tokens a view that a request may ask for.
+
+    Raises:
+        TypeError: ``method`` is no method.
+        ValueError: The budget does not fit, or there is no such checkpoint or no method.
+        UnsupportedModelError: The plugin does not serve this model.
+    """
+    from vlmzip.families import family_of
+    from vlmzip.loading import find_checkpoint, load_config
+    from vlmzip.vllm.registry import SERVED, served
+
+    source = find_checkpoint(model)
+    config = load_config(source, SERVED)
+    row = served(config)
+    named = getattr(config, "architectures", None) or [row.stock]
+    if named[0] not in (row.stock, row.architecture):
+        raise UnsupportedModelError(
+            f"{source} is of the architecture {named[0]!r}, which vLLM runs with a model of its own; "
+            f"served of type {config.model_type!r}: {row.stock}"
+        )
+    family = family_of(config)
+    if method is None:
+        method, max_visual_tokens = _stored(source, config, max_visual_tokens)
+    _check_method(method)
+    method = replace(method, order=method.order or family.order)
+    family.attachment(method)
+    _check_most(family, method, max_visual_tokens)
+    return Plan(source, config, family, method, max_visual_tokens, row.architecture)
+
+
+def check_arguments(arguments: Mapping[str, Any]) -> None:
+    """Refuse engine arguments that would undo the compression or make its checks worthless.
+
+    Raises:
+        ValueError: There is one.
+    """
+    for name, allowed in _ALLOWED.items():
+        if (value := arguments.get(name, allowed[0])) not in allowed:
+            shown = " or ".join(str(choice) for choice in allowed)
+            raise ValueError(
+                f"{name}={value!r} takes the model or its config from elsewhere than the compression; "
+                f"leave it at {shown}"
+            )
+    if arguments.get("enable_mm_embeds"):
+        raise ValueError(
+            "enable_mm_embeds lets requests bring image embeddings of their own, which are not "
+            "compressed; leave it off"
+        )
+
+
+def check_installed() -> None:
+    """Check that vLLM is there and will load the plugin.
+
+    Raises:
+        RuntimeError: It is not, or it will not.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        raise RuntimeError(
+            "vLLM is not installed for this Python; on a GPU run: pip install 'vlmzip[vllm]', in a "
+            "checkout without a GPU: bash scripts/install_vllm.sh .venv-vllm (docs/serving.md)"
+        )
+    points = metadata.entry_points(group=PLUGIN_GROUP)
+    if not any(point.name == PLUGIN_NAME and point.module.startswith("vlmzip.") for point in points):
+        raise RuntimeError(
+            f"vLLM would not find the plugin: no entry point {PLUGIN_NAME!r} in the group "
+            f"{PLUGIN_GROUP}; install vlmzip anew for this Python (pip install 'vlmzip[vllm]')"
+        )
+    listed = os.environ.get("VLLM_PLUGINS")
+    if listed is not None and PLUGIN_NAME not in listed.split(","):
+        raise RuntimeError(
+            f"VLLM_PLUGINS={listed!r} keeps vLLM from loading the plugin; unset it, or add "
+            f"{PLUGIN_NAME!r} to its list"
+        )
+
+
+def default_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Engine arguments that serve compressed prompts better than vLLM's own, unless ``given``."""
+    return {"block_size": CPU_BLOCK_SIZE} if "block_size" not in given and _on_cpu() else {}
+
+
+def _on_cpu() -> bool:
+    """Whether the vLLM installed is a CPU build: it tells its platform by its own version."""
+    try:
+        return "cpu" in metadata.version("vllm")
+    except metadata.PackageNotFoundError:
+        return False
+
+
+def _stored(source: str, config: Any, most: int | None) -> "tuple[Method, int | None]":
+    from vlmzip.methods import from_settings
+
+    settings = getattr(config, "vlmzip", None)
+    if settings is None:
+        raise ValueError(
+            f"no method was given and {source} stores none; give a budget, such as --tokens 64 on the "
+            "command line or VisionZip(tokens=64) in Python"
+        )
+    if not isinstance(settings, Mapping):
+        raise ValueError(f"the vlmzip entry of {source}'s config must be a dict, got {settings!r}")
+    rest = dict(settings)
+    stored = rest.pop("max_visual_tokens", None)
+    return from_settings(rest), stored if most is None else most
+
+
+def _check_method(method: Any) -> None:
+    from vlmzip.methods import Method, methods
+    from vlmzip.methods.base import REGISTRY
+
+    if not isinstance(method, Method):
+        raise TypeError(f"method must be a vlmzip method such as VisionZip(tokens=64), got {method!r}")
+    if method.kind != "encoder":
+        known = [name for name in methods() if REGISTRY[name].kind == "encoder"]
+        raise ValueError(
+            f"method {method.name!r} is of kind {method.kind!r}, which vLLM cannot run; "
+            f"give one of {', '.join(known)}"
+        )
+
+
+def _check_most(family: "Family", method: "Method", most: int | None) -> None:
+    from vlmzip.budget import check_count
+    from vlmzip.methods.visionzip import VisionZip
+
+    if most is None:
+        return
+    try:
+        family.attachment(VisionZip(tokens=check_count("max_visual_tokens", most, 1)))
+    except ValueError as error:
+        raise ValueError(f"max_visual_tokens={most!r} does not fit: {error}") from error
