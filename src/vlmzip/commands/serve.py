@@ -89,16 +89,20 @@ def serve(
         from vlmzip.vllm.engine import check_installed, make_plan
 
         plan = make_plan(model, chosen, max_visual_tokens)
+        if request_budgets and plan.compression.most is None:
+            raise ValueError(
+                "--request-budgets with a share or a total needs --max-visual-tokens: the most tokens a "
+                "view that a request may choose"
+            )
         command = serve_command(plan, context.args, request_budgets=request_budgets)
         sample = count_sample(plan)
+    problem: str | None = None
     try:
         check_installed()
     except RuntimeError as error:
         if not dry_run:
             raise
         problem = str(error)
-    else:
-        problem = None
     if as_json:
         options.print_json(_document(plan, sample, command, problem))
     elif dry_run:
@@ -123,11 +127,12 @@ def count_sample(plan: "Plan") -> dict[str, Any]:
     from vlmzip.processing import Placeholders, compress_processor
 
     processor = load_processor(plan.model)
-    plan.family.check_processor(processor, plan.config, plan.method)
+    compression = plan.compression
+    compression.family.check_processor(processor, plan.config, compression.method)
     counts = []
     for compressed in (False, True):
         if compressed:
-            compress_processor(processor, Placeholders(plan.family, plan.method))
+            compress_processor(processor, Placeholders(compression.family, compression.method))
         inputs = processor(images=[Image.new("RGB", SAMPLE)], text=[processor.image_token])
         counts.append([int(token) for token in inputs["input_ids"][0]].count(plan.config.image_token_id))
     return {"width": SAMPLE[0], "height": SAMPLE[1], "image_tokens": counts[1], "stock": counts[0]}
@@ -151,7 +156,7 @@ def _document(
 ) -> dict[str, Any]:
     return {
         "model": plan.model,
-        "family": plan.family.name,
+        "family": plan.compression.family.name,
         "architecture": plan.architecture,
         "vlmzip": plan.settings,
         "sample": sample,
@@ -161,13 +166,12 @@ def _document(
 
 
 def _print_plan(plan: "Plan", sample: dict[str, Any], command: list[str], request_budgets: bool) -> None:
-    settings = ", ".join(f"{key}={value}" for key, value in plan.method.settings().items())
+    settings = ", ".join(f"{key}={value}" for key, value in plan.settings.items())
     budget = "the same for every request"
     if request_budgets:
-        most = plan.max_visual_tokens
-        budget = f"requests may choose up to {most or 'as many'} tokens a view"
+        budget = f"requests may choose 1 to {plan.compression.most} tokens a view"
     lines = {
-        "model": f"{plan.model} ({plan.family.name}, served as {plan.architecture})",
+        "model": f"{plan.model} ({plan.compression.family.name}, served as {plan.architecture})",
         "method": f"{settings}; {budget}",
         "sample": f"an image of {sample['width']} x {sample['height']} takes {sample['image_tokens']} "
         f"prompt tokens instead of {sample['stock']}",

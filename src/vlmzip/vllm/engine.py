@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from vlmzip.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
-    from vlmzip.families import Family
     from vlmzip.methods import Method
+    from vlmzip.vllm.settings import Compression
 
 PLUGIN_GROUP = "vllm.general_plugins"
 PLUGIN_NAME = "vlmzip"
@@ -29,25 +29,20 @@ class Plan:
 
     Attributes:
         model: The checkpoint folder, or the hub name.
-        config: Its transformers config.
-        family: Its family, fitted to the config.
-        method: What compresses it, its ``order`` settled.
-        max_visual_tokens: The most tokens a view that a request may ask for; None: the method's.
+        config: Its transformers config, with these settings.
+        compression: What the settings mean for this model.
         architecture: The name that only the plugin registers.
     """
 
     model: str
     config: Any
-    family: "Family"
-    method: "Method"
-    max_visual_tokens: int | None
+    compression: "Compression"
     architecture: str
 
     @property
     def settings(self) -> dict[str, Any]:
         """The ``vlmzip`` dict of the served model's config."""
-        most = self.max_visual_tokens
-        return self.method.settings() | ({} if most is None else {"max_visual_tokens": most})
+        return self.compression.method.settings()
 
     def overrides(self, own: Any = None) -> dict[str, Any]:
         """vLLM's ``hf_overrides``: ``own`` ones of the caller, and what makes the engine strict.
@@ -117,9 +112,11 @@ def make_plan(model: str, method: "Method | None", max_visual_tokens: int | None
         ValueError: The budget does not fit, or there is no such checkpoint or no method.
         UnsupportedModelError: The plugin does not serve this model.
     """
+    from vlmzip.compress import settle, stored_method
     from vlmzip.families import family_of
     from vlmzip.loading import find_checkpoint, load_config
     from vlmzip.vllm.registry import SERVED, served
+    from vlmzip.vllm.settings import compression_of
 
     source = find_checkpoint(model)
     config = load_config(source, SERVED)
@@ -130,14 +127,19 @@ def make_plan(model: str, method: "Method | None", max_visual_tokens: int | None
             f"{source} is of the architecture {named[0]!r}, which vLLM runs with a model of its own; "
             f"served of type {config.model_type!r}: {row.stock}"
         )
-    family = family_of(config)
-    if method is None:
-        method, max_visual_tokens = _stored(source, config, max_visual_tokens)
-    _check_method(method)
-    method = replace(method, order=method.order or family.order)
-    family.attachment(method)
-    _check_most(family, method, max_visual_tokens)
-    return Plan(source, config, family, method, max_visual_tokens, row.architecture)
+    if method is None and getattr(config, "vlmzip", None) is None:
+        raise ValueError(
+            f"no method was given and {source} stores none; give a budget, such as --tokens 64 on the "
+            "command line or VisionZip(tokens=64) in Python"
+        )
+    method = settle(stored_method(config) if method is None else method, family_of(config))
+    if max_visual_tokens is not None:
+        method = replace(method, max_visual_tokens=max_visual_tokens)
+    config.architectures = [row.architecture]
+    config.vlmzip = method.settings()
+    compression = compression_of(config)
+    assert compression is not None
+    return Plan(source, config, compression, row.architecture)
 
 
 def check_arguments(arguments: Mapping[str, Any]) -> None:
@@ -191,50 +193,8 @@ def default_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _on_cpu() -> bool:
-    """Whether the vLLM installed is a CPU build: it tells its platform by its own version."""
+    """Whether the vLLM installed is a CPU build, which vLLM itself tells by its version, too."""
     try:
         return "cpu" in metadata.version("vllm")
     except metadata.PackageNotFoundError:
         return False
-
-
-def _stored(source: str, config: Any, most: int | None) -> "tuple[Method, int | None]":
-    from vlmzip.methods import from_settings
-
-    settings = getattr(config, "vlmzip", None)
-    if settings is None:
-        raise ValueError(
-            f"no method was given and {source} stores none; give a budget, such as --tokens 64 on the "
-            "command line or VisionZip(tokens=64) in Python"
-        )
-    if not isinstance(settings, Mapping):
-        raise ValueError(f"the vlmzip entry of {source}'s config must be a dict, got {settings!r}")
-    rest = dict(settings)
-    stored = rest.pop("max_visual_tokens", None)
-    return from_settings(rest), stored if most is None else most
-
-
-def _check_method(method: Any) -> None:
-    from vlmzip.methods import Method, methods
-    from vlmzip.methods.base import REGISTRY
-
-    if not isinstance(method, Method):
-        raise TypeError(f"method must be a vlmzip method such as VisionZip(tokens=64), got {method!r}")
-    if method.kind != "encoder":
-        known = [name for name in methods() if REGISTRY[name].kind == "encoder"]
-        raise ValueError(
-            f"method {method.name!r} is of kind {method.kind!r}, which vLLM cannot run; "
-            f"give one of {', '.join(known)}"
-        )
-
-
-def _check_most(family: "Family", method: "Method", most: int | None) -> None:
-    from vlmzip.budget import check_count
-    from vlmzip.methods.visionzip import VisionZip
-
-    if most is None:
-        return
-    try:
-        family.attachment(VisionZip(tokens=check_count("max_visual_tokens", most, 1)))
-    except ValueError as error:
-        raise ValueError(f"max_visual_tokens={most!r} does not fit: {error}") from error
