@@ -56,7 +56,13 @@ class Attachment:
         self._history = _History()
 
     def zip_views(
-        self, hidden: Tensor, scores: Tensor, keys: Tensor, grid: Grid, pooled: bool = False
+        self,
+        hidden: Tensor,
+        scores: Tensor,
+        keys: Tensor,
+        grid: Grid,
+        pooled: bool = False,
+        method: Method | None = None,
     ) -> ZipOutput:
         """Compress a batch of equally large views.
 
@@ -66,6 +72,7 @@ class Attachment:
             keys: [B, N, d] float32.
             grid: (h, w) of the patches.
             pooled: The tokens are pooled patches; the tower's CLS token, if any, is not among them.
+            method: The method with a budget of these views' own; None: the model's.
 
         Returns:
             The method's output with the scores it was chosen by; without the CLS token, if the
@@ -75,13 +82,14 @@ class Attachment:
             RuntimeError: A score, key or kept token is NaN or infinite (on a CPU at once, on other
                 devices when they synchronise).
         """
+        method = method or self.method
         scores, keys = scores.to(hidden.device), keys.to(hidden.device)
         cls_token = self.tap.cls_token and not pooled
-        if cls_token and not self.method.send_cls:
+        if cls_token and not method.send_cls:
             hidden, scores, keys = hidden[:, 1:], scores[:, 1:], keys[:, 1:]
             cls_token = False
-        k = self.method.budget.count(hidden.shape[1], views=self.views, dynamic=self.dynamic)
-        out = self.method(hidden, scores, keys, grid, k, cls_token)
+        k = method.budget.count(hidden.shape[1], views=self.views, dynamic=self.dynamic)
+        out = method(hidden, scores, keys, grid, k, cls_token)
         finite = scores.isfinite().all() & keys.isfinite().all() & out.tokens.isfinite().all()
         torch._assert_async(
             finite, "the vision tower gave NaN or infinite values; check its weights and dtype"

@@ -42,7 +42,7 @@ def compress(model: Any, processor: Any, method: Method | None = None) -> "Compr
     """
     model = _unwrap(model)
     family = family_of(model.config)
-    method = _settle(method if method is not None else _stored_method(model), family)
+    method = settle(method if method is not None else stored_method(model.config), family)
     if _attachment(model) is not None:
         raise ValueError("this model is already compressed; call remove() on its handle first")
     state = family.attachment(method)
@@ -164,8 +164,13 @@ def _attachment(model: PreTrainedModel) -> Attachment | None:
     return state
 
 
-def _stored_method(model: PreTrainedModel) -> Method:
-    settings = getattr(model.config, "vlmzip", None)
+def stored_method(config: Any) -> Method:
+    """The method that a checkpoint's config remembers in ``vlmzip``.
+
+    Raises:
+        ValueError: It remembers none, or none that is known.
+    """
+    settings = getattr(config, "vlmzip", None)
     if settings is None:
         raise ValueError(
             "no method was given and model.config.vlmzip holds none; pass one, such as "
@@ -176,13 +181,19 @@ def _stored_method(model: PreTrainedModel) -> Method:
     return from_settings(settings)
 
 
-def _settle(method: Any, family: Family) -> Method:
+def settle(method: Any, family: Family) -> Method:
+    """The method for a family: its ``order`` is the family's own, unless it has one.
+
+    Raises:
+        TypeError: It is no method.
+        ValueError: It does not choose among the vision tower's tokens.
+    """
     if not isinstance(method, Method):
         raise TypeError(f"method must be a vlmzip method such as VisionZip(tokens=64), got {method!r}")
     if method.kind != "encoder":
         raise ValueError(
-            f"method {method.name!r} is of kind {method.kind!r}; compress() takes methods that choose "
-            "among the vision tower's tokens"
+            f"method {method.name!r} is of kind {method.kind!r}; only methods that choose among the "
+            "vision tower's tokens fit here"
         )
     return replace(method, order=method.order or family.order)
 

@@ -1,13 +1,13 @@
 """What every compression method shares: its budget, its settings dict, the guards round it."""
 
 from abc import ABC, abstractmethod
-from dataclasses import MISSING, dataclass, fields
-from typing import Any, ClassVar, Literal, TypeVar, get_args
+from dataclasses import MISSING, dataclass, fields, replace
+from typing import Any, ClassVar, Literal, Self, TypeVar, get_args
 
 import torch
 from torch import Tensor
 
-from vlmzip.budget import Budget
+from vlmzip.budget import Budget, check_count
 from vlmzip.merging import Order, ZipOutput, check_choice
 
 Kind = Literal["encoder", "input", "llm"]
@@ -35,6 +35,8 @@ class Method(ABC):
         total_tokens: Tokens of a whole image, for families that cut images into crops.
         order: "grouped", "raster", or None for the model family's own.
         send_cls: Send the vision tower's CLS token on, as one of the kept tokens.
+        max_visual_tokens: The most tokens a view that a request to a server may ask for; it changes
+            nothing under transformers. None: requests cannot ask.
 
     Raises:
         ValueError: A setting is out of range, or not exactly one budget is given.
@@ -45,6 +47,7 @@ class Method(ABC):
     total_tokens: int | None = None
     order: Order | None = None
     send_cls: bool = True
+    max_visual_tokens: int | None = None
 
     name: ClassVar[str]
     kind: ClassVar[Kind] = "encoder"
@@ -57,11 +60,24 @@ class Method(ABC):
             check_choice("order", self.order, get_args(Order))
         if not isinstance(self.send_cls, bool):
             raise ValueError(f"send_cls must be True or False, got {self.send_cls!r}")
+        if self.max_visual_tokens is not None:
+            most = check_count("max_visual_tokens", self.max_visual_tokens, 1)
+            object.__setattr__(self, "max_visual_tokens", most)
 
     @property
     def budget(self) -> Budget:
         """How many tokens a view keeps."""
         return Budget(tokens=self.tokens, keep=self.keep, total_tokens=self.total_tokens)
+
+    def with_tokens(self, k: int) -> Self:
+        """The same method with a budget of ``k`` tokens a view instead of its own.
+
+        Raises:
+            ValueError: ``k`` is not an integer of at least 1.
+        """
+        given = {name: None for name, value in vars(self.budget).items() if value is not None}
+        budget: dict[str, Any] = given | {"tokens": check_count("tokens", k, 1)}
+        return replace(self, **budget)
 
     @classmethod
     def setting_names(cls) -> tuple[str, ...]:

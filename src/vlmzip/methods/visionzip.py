@@ -29,6 +29,8 @@ class VisionZip(Method):
             image. None: the model family's own.
         send_cls: Send the CLS token on, counted as dominant, as the released code does. False: the
             same method on the patches alone.
+        max_visual_tokens: The most tokens a view that a request to a server may ask for; it changes
+            nothing under transformers. None: requests cannot ask.
 
     Raises:
         ValueError: A setting is out of range, or not exactly one budget is given.
