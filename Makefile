@@ -10,7 +10,7 @@ export OMP_NUM_THREADS = 1
 export HF_HUB_OFFLINE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help test lint format docs wheel test-families test-newest train-tiny clean
+.PHONY: help test lint format docs wheel test-families test-newest test-vllm train-tiny clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -42,6 +42,9 @@ test-newest: .venv-newest/ready  ## All tests again, on the newest transformers 
 	.venv-newest/bin/pip install --quiet --no-deps torchvision==0.28.0
 	.venv-newest/bin/python $(PYTEST) -m needs_torchvision tests
 
+test-vllm: .venv-vllm/ready  ## The vLLM plugin's tests, on vLLM's CPU build
+	.venv-vllm/bin/python -m pytest $(ARGS) tests/vllm
+
 train-tiny: .venv/ready  ## Train the embedded models anew (long; goes on where it was stopped)
 	for name in tiny-llava tiny-siglip; do \
 		.venv/bin/python -m vlmzip.tiny.train $$name --out src/vlmzip/tiny/checkpoints/$$name \
@@ -49,7 +52,7 @@ train-tiny: .venv/ready  ## Train the embedded models anew (long; goes on where 
 	done
 
 clean:  ## Remove virtual environments, builds and caches
-	rm -rf .venv .venv-families .venv-newest dist build
+	rm -rf .venv .venv-families .venv-newest .venv-vllm dist build
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find src tests benchmark -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -76,4 +79,8 @@ clean:  ## Remove virtual environments, builds and caches
 	.venv-newest/bin/pip install --quiet --upgrade -c .venv-newest/constraints.txt \
 		-e '.[dev]' 'transformers>=5.19,<6'
 	.venv-newest/bin/pip install --quiet -c constraints.txt num2words
+	touch $@
+
+.venv-vllm/ready: pyproject.toml scripts/install_vllm.sh scripts/vllm-constraints.txt
+	PYTHON=$(PYTHON) scripts/install_vllm.sh .venv-vllm
 	touch $@
