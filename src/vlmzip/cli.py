@@ -9,6 +9,7 @@ from typer.core import TyperGroup
 
 from vlmzip import __version__
 from vlmzip.commands.ask import ask
+from vlmzip.commands.bench import bench
 from vlmzip.commands.eval import evaluate
 from vlmzip.commands.models import models
 from vlmzip.commands.path import path
@@ -62,6 +63,7 @@ for verb in (ask, show, models, path):
     app.command()(verb)
 app.command("eval")(evaluate)
 app.command(context_settings=PASS_ON)(serve)
+app.add_typer(bench)
 
 
 def _print_version(wanted: bool) -> None:

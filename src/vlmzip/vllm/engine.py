@@ -32,12 +32,14 @@ class Plan:
         config: Its transformers config, with these settings.
         compression: What the settings mean for this model.
         architecture: The name that only the plugin registers.
+        stored: The checkpoint stores settings, these or others: vLLM alone refuses it.
     """
 
     model: str
     config: Any
     compression: "Compression"
     architecture: str
+    stored: bool
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -56,10 +58,10 @@ class Plan:
                 f"hf_overrides must be a dict to be merged with the compression's, got {own!r}"
             )
         ours = {"architectures": [self.architecture], "vlmzip": self.settings}
-        if taken := sorted(ours.keys() & dict(own or {}).keys()):
+        if taken := sorted({*ours, "model_type"} & dict(own or {}).keys()):
             raise ValueError(
-                f"hf_overrides must not set {' or '.join(taken)}: these say how the model is compressed, "
-                "and are set from the method and its budget; give those"
+                f"hf_overrides must not set {' or '.join(taken)}: the compression sets or relies on it; "
+                "give a method and its budget instead"
             )
         return {**(own or {}), **ours}
 
@@ -127,7 +129,8 @@ def make_plan(model: str, method: "Method | None", max_visual_tokens: int | None
             f"{source} is of the architecture {named[0]!r}, which vLLM runs with a model of its own; "
             f"served of type {config.model_type!r}: {row.stock}"
         )
-    if method is None and getattr(config, "vlmzip", None) is None:
+    stored = getattr(config, "vlmzip", None) is not None
+    if method is None and not stored:
         raise ValueError(
             f"no method was given and {source} stores none; give a budget, such as --tokens 64 on the "
             "command line or VisionZip(tokens=64) in Python"
@@ -139,7 +142,7 @@ def make_plan(model: str, method: "Method | None", max_visual_tokens: int | None
     config.vlmzip = method.settings()
     compression = compression_of(config)
     assert compression is not None
-    return Plan(source, config, compression, row.architecture)
+    return Plan(source, config, compression, row.architecture, stored)
 
 
 def check_arguments(arguments: Mapping[str, Any]) -> None:

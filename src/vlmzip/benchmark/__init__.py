@@ -1,0 +1,1 @@
+"""Measuring speed and memory: what compression costs, and what it saves."""
