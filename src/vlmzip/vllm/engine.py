@@ -171,7 +171,8 @@ def check_installed() -> None:
     Raises:
         RuntimeError: It is not, or it will not.
     """
-    if importlib.util.find_spec("vllm") is None:
+    found = importlib.util.find_spec("vllm")
+    if found is None or found.origin is None:  # without origin it is some folder of that name
         raise RuntimeError(
             "vLLM is not installed for this Python; on a GPU run: pip install 'vlmzip[vllm]', in a "
             "checkout without a GPU: bash scripts/install_vllm.sh .venv-vllm (docs/serving.md)"
