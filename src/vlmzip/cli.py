@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 from vlmzip import __version__
 from vlmzip.commands.ask import ask
 from vlmzip.commands.bench import bench
+from vlmzip.commands.demo import demo
 from vlmzip.commands.eval import evaluate
 from vlmzip.commands.models import models
 from vlmzip.commands.path import path
@@ -59,7 +60,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for verb in (ask, show, models, path):
+for verb in (demo, ask, show, models, path):
     app.command()(verb)
 app.command("eval")(evaluate)
 app.command(context_settings=PASS_ON)(serve)

@@ -1,10 +1,13 @@
 """The token map: which image tokens were kept, and which were merged into which, as a figure."""
 
 import colorsys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -39,8 +42,38 @@ def seen_views(
     return [np.asarray(image.resize((w * _PIXELS, h * _PIXELS))) for h, w in selection.grid]
 
 
+def check_name(out: Path) -> None:
+    """Refuse to draw to a file of a kind that matplotlib does not write, or in no folder.
+
+    Raises:
+        ValueError: The name is of that sort, or a folder's.
+    """
+    kinds = FigureCanvasBase.get_supported_filetypes()
+    if out.suffix[1:].lower() not in kinds:
+        raise ValueError(f"cannot write {out}: its name must end in one of .{', .'.join(sorted(kinds))}")
+    if not out.parent.is_dir():
+        raise ValueError(f"cannot write {out}: there is no folder {out.parent}")
+    if out.is_dir():
+        raise ValueError(f"cannot write {out}: it is a folder")
+
+
+def stacked(selections: Sequence[Selection]) -> Selection:
+    """Selections of several images of one size, as if they were the views of one."""
+    return Selection(
+        dominant=torch.cat([one.dominant for one in selections]),
+        contextual=torch.cat([one.contextual for one in selections]),
+        assignment=torch.cat([one.assignment for one in selections]),
+        scores=torch.cat([one.scores for one in selections]),
+        grid=tuple(grid for one in selections for grid in one.grid),
+    )
+
+
 def draw(
-    selection: Selection, views: list[NDArray[np.uint8]], settings: dict[str, Any], out: Path
+    selection: Selection,
+    views: list[NDArray[np.uint8]],
+    settings: dict[str, Any],
+    out: Path,
+    titles: Sequence[str] | None = None,
 ) -> None:
     """Draw an image's token map: a row a view with the view, its map and its scores.
 
@@ -49,6 +82,7 @@ def draw(
         views: [h, w, 3] uint8, what the model saw, one a view.
         settings: The method's settings, for the title.
         out: The file; its ending says the format.
+        titles: What to write over each view, a line or two. None: that the model saw it.
 
     Raises:
         OSError: The file cannot be written.
@@ -58,9 +92,11 @@ def draw(
     height = (_INCHES * min(tallest, 3) + 0.3) * rows + 1.1
     figure = Figure(figsize=(3 * _INCHES + 0.8, height), facecolor="white")
     axes = figure.subplots(rows, 3, squeeze=False)
+    if titles is None:
+        numbers = [f"view {index + 1} of {rows}: " if rows > 1 else "" for index in range(rows)]
+        titles = [f"{number}what the model saw" for number in numbers]
     for index, pixels in enumerate(views):
-        name = f"view {index + 1} of {rows}: " if rows > 1 else ""
-        _draw_view(figure, axes[index], _Map(selection, index), pixels, name)
+        _draw_view(figure, axes[index], _Map(selection, index), pixels, titles[index])
     shown = ", ".join(f"{key}={_short(value)}" for key, value in settings.items() if key != "method")
     figure.suptitle(f"{settings['method']}  ({shown})", fontsize=14, y=1 - 0.22 / height, color=_INK)
     figure.legend(
@@ -96,10 +132,10 @@ class _Map:
         self.group = group[self.cls :].reshape(self.height, self.width)
 
 
-def _draw_view(figure: Any, axes: Any, tokens: _Map, pixels: NDArray[np.uint8], name: str) -> None:
+def _draw_view(figure: Any, axes: Any, tokens: _Map, pixels: NDArray[np.uint8], title: str) -> None:
     box = (-0.5, tokens.width - 0.5, tokens.height - 0.5, -0.5)  # a patch is a unit square
     axes[0].imshow(pixels, extent=box)
-    axes[0].set_title(f"{name}what the model saw", fontsize=11, color=_INK)
+    axes[0].set_title(title, fontsize=11, color=_INK)
     axes[1].imshow(_tint(tokens, pixels), extent=box, interpolation="nearest")
     _outline(axes[1], tokens)
     _mark_targets(axes[1], tokens)

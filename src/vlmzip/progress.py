@@ -1,9 +1,10 @@
 """What the command line says beside its results: on stderr, so that stdout holds results only."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 
 @contextmanager
@@ -11,6 +12,16 @@ def working(what: str) -> Iterator[None]:
     """Show a spinner with ``what`` on stderr, if that is a terminal, until the block ends."""
     with Console(stderr=True).status(what):
         yield
+
+
+@contextmanager
+def counting(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show a progress bar on stderr, if that is a terminal; the block calls what it gets with steps."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda steps: bar.advance(task, steps)
 
 
 def note(text: str) -> None:

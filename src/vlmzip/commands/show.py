@@ -74,17 +74,11 @@ def show(
 
 
 def _check_out(out: Path, image: Path) -> None:
-    from matplotlib.backend_bases import FigureCanvasBase
+    from vlmzip.picture import check_name
 
-    kinds = FigureCanvasBase.get_supported_filetypes()
-    if out.suffix[1:].lower() not in kinds:
-        raise ValueError(f"cannot write {out}: its name must end in one of .{', .'.join(sorted(kinds))}")
-    if not out.parent.is_dir():
-        raise ValueError(f"cannot write {out}: there is no folder {out.parent}")
-    if out.is_dir() or (out.exists() and image.exists() and out.samefile(image)):
-        raise ValueError(
-            f"cannot write {out}: it is {'a folder' if out.is_dir() else 'the image itself'}"
-        )
+    check_name(out)
+    if out.exists() and image.exists() and out.samefile(image):
+        raise ValueError(f"cannot write {out}: it is the image itself")
 
 
 def _encode(model: Any, processor: Any, image: Any, method: Any) -> tuple[dict[str, Any], Any, list[Any]]:

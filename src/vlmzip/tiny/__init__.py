@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-__all__ = ["NAMES", "load_tiny", "tiny_path"]
+__all__ = ["NAMES", "load_tiny", "tiny_path", "trained_path"]
 
 NAMES = ("tiny-llava", "tiny-siglip")
 
@@ -24,18 +24,24 @@ def tiny_path(name: str) -> Path:
     return Path(__file__).parent / "checkpoints" / name
 
 
+def trained_path(name: str) -> Path:
+    """As :func:`tiny_path`, but the weights are there; else, too, it raises ValueError."""
+    folder = tiny_path(name)
+    if not all((folder / file).is_file() for file in ("config.json", "model.safetensors")):
+        raise ValueError(
+            f"the weights of {name} are not part of this installation; `make train-tiny` in a checkout "
+            "trains them"
+        )
+    return folder
+
+
 def load_tiny(name: str, **kwargs: Any) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """An embedded model in eval mode, float32, with its processor; no network is used.
 
     kwargs go to the model's ``from_pretrained`` (say ``dtype`` or ``attn_implementation``). Raises
     ValueError for an unknown name, or if the weights are not there.
     """
-    folder = tiny_path(name)
-    if not (folder / "config.json").is_file():
-        raise ValueError(
-            f"the weights of {name} are not part of this installation; `make train-tiny` in a checkout "
-            "trains them"
-        )
+    folder = trained_path(name)
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
     model = LlavaForConditionalGeneration.from_pretrained(folder, local_files_only=True, **kwargs)
