@@ -10,7 +10,7 @@ export OMP_NUM_THREADS = 1
 export HF_HUB_OFFLINE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help test lint format docs wheel test-families test-newest test-vllm train-tiny clean
+.PHONY: help test lint format docs wheel test-families test-newest test-vllm soak-vllm train-tiny clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -44,6 +44,9 @@ test-newest: .venv-newest/ready  ## All tests again, on the newest transformers 
 
 test-vllm: .venv-vllm/ready  ## The vLLM plugin's tests, on vLLM's CPU build
 	.venv-vllm/bin/python -m pytest $(ARGS) tests/vllm
+
+soak-vllm: .venv-vllm/ready  ## A thousand requests, a fifth malformed, to a compressed server (ARGS=...)
+	.venv-vllm/bin/python tests/vllm/soak.py $(ARGS)
 
 train-tiny: .venv/ready  ## Train the embedded models anew (long; goes on where it was stopped)
 	for name in tiny-llava tiny-siglip; do \

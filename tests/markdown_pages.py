@@ -7,14 +7,21 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 HUB_NAME = "llava-hf/llava-1.5-7b-hf"
 
-_FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\w*)\n(?P<code>.*?)^(?P=indent)```$", re.M | re.S)
+_FENCE = re.compile(
+    r"^(?P<indent> *)```(?P<language>\w*)(?: (?P<needs>\w+))?\n(?P<code>.*?)^(?P=indent)```$", re.M | re.S
+)
 _LINK = re.compile(r"\]\((?!https?:)([^)\s]*)\)")
 
 
-def blocks(path: Path, language: str) -> list[str]:
-    """The code blocks of a language, in order, without their indentation."""
+def blocks(path: Path, language: str, needs: str | None = None) -> list[str]:
+    """The code blocks of a language, in order, without their indentation.
+
+    A word after the language, as in "```python vllm", says what a block needs to run; such blocks are
+    left out unless asked for.
+    """
     found = _FENCE.finditer(path.read_text())
-    return [textwrap.dedent(block["code"]) for block in found if block["language"] == language]
+    wanted = (language, needs)
+    return [textwrap.dedent(b["code"]) for b in found if (b["language"], b["needs"]) == wanted]
 
 
 def commands(path: Path) -> list[str]:

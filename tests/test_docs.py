@@ -156,15 +156,21 @@ def check_command(words: list[str]) -> None:
         case ["vlmzip", verb, *arguments]:
             group: Any = typer.main.get_command(app)
             assert verb in group.commands, f"no verb: {words}"
+            command = group.commands[verb]
+            if hasattr(command, "commands"):  # bench serve
+                verb, *arguments = arguments
+                command = command.commands[verb]
             if "--help" not in arguments:
-                group.commands[verb].make_context(verb, list(arguments))
+                command.make_context(verb, list(arguments))
         case ["python", "-m", module, *_]:
             assert importlib.util.find_spec(module) is not None, words
         case ["python", script, *_]:
             assert (ROOT / script).is_file(), words
         case ["bash", script]:
             assert (ROOT / script).is_file(), words
-        case ["git" | "cd", *_]:
+        case ["git" | "cd" | "source", *_]:
+            pass
+        case ["printf" | "ray" | "vllm", *_]:  # other people's; tests/vllm sends what printf prints
             pass
         case _:
             raise AssertionError(f"no test knows this command: {words}")

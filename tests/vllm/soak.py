@@ -31,6 +31,7 @@ from requests_of_all_kinds import (
 
 from vlmzip.benchmark.serve_process import Server
 
+NAME = "tiny-llava"  # what the server calls its model
 MALFORMED = 0.2
 DISTINCT = 0.25  # of the good requests; the others repeat them, for caches to be hit
 # Growth of the server's memory between the end of the first half and the end.
@@ -38,7 +39,7 @@ FLAT_MB = 64.0
 ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
 OPTIONS = [
     *("--tokens", "16", "--request-budgets", "--max-visual-tokens", str(MOST_VISUAL_TOKENS)),
-    *("--served-model-name", "soaked", "--dtype", "float32", "--enforce-eager"),
+    *("--served-model-name", NAME, "--dtype", "float32", "--enforce-eager"),
     *("--max-model-len", str(MOST_PROMPT), "--max-num-seqs", "16"),
     *("--limit-mm-per-prompt", json.dumps({"image": MOST_IMAGES})),
     # Small, so that it is full, and thrown out of, long before the end.
@@ -121,7 +122,7 @@ def _key(request: Request) -> str:
 async def _send(session: Any, server: Server, request: Request) -> tuple[int, Any]:
     """(status, the answer's JSON or its text)."""
     body = request.body
-    data = body if isinstance(body, bytes) else json.dumps({"model": "soaked", **body}).encode()
+    data = body if isinstance(body, bytes) else json.dumps({"model": NAME, **body}).encode()
     async with session.post(
         f"{server.url}/v1/chat/completions",
         data=data,

@@ -16,6 +16,7 @@ import requests_of_all_kinds as kinds
 import soak
 from requests_of_all_kinds import chat, encoded, part, picture, text_part
 
+from markdown_pages import HUB_NAME, ROOT, blocks, commands
 from vlmzip import VisionZip, compress
 from vlmzip.benchmark.serve_load import used_blocks
 from vlmzip.benchmark.serve_process import Server
@@ -42,7 +43,7 @@ def server(model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
 
 
 def ask(server: Server, body: Any, path: str = "/v1/chat/completions") -> tuple[int, Any]:
-    data = body if isinstance(body, bytes) else json.dumps({"model": "soaked"} | body).encode()
+    data = body if isinstance(body, bytes) else json.dumps({"model": soak.NAME} | body).encode()
     headers = {"Content-Type": "application/json"}
     request = urllib.request.Request(server.url + path, data, headers)
     try:
@@ -118,18 +119,41 @@ def test_odd_requests_are_answered(server: Server, request_: kinds.Request) -> N
     assert len(answer["choices"][0]["token_ids"]) == 4
 
 
-def test_the_openai_client_gets_an_answer(server: Server) -> None:
-    from openai import OpenAI
+@pytest.fixture
+def photo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "photo.jpg").write_bytes(encoded(picture(1, (640, 480)), "JPEG"))
+    monkeypatch.chdir(tmp_path)
 
-    client = OpenAI(base_url=f"{server.url}/v1", api_key="none")
-    answer = client.chat.completions.create(
-        model="soaked",
-        messages=[{"role": "user", "content": [part(encoded(picture(1, (50, 50)))), text_part("hi")]}],
-        max_tokens=4,
-        extra_body={"mm_processor_kwargs": {"visual_tokens": 7}, "ignore_eos": True},
-    )
-    assert answer.usage is not None
-    assert answer.usage.completion_tokens == 4
+
+@pytest.mark.usefixtures("photo")
+def test_the_readmes_client_gets_an_answer(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    (block,) = blocks(ROOT / "README.md", "python", "vllm")
+    assert f'model="{soak.NAME}"' in block
+    names: dict[str, Any] = {}
+    exec(block.replace("http://localhost:8000", server.url), names)
+    answer = names["answer"]
+    text = f"{answer.choices[0].message.content} {answer.usage.prompt_tokens}"
+    assert capsys.readouterr().out.strip() == text.strip()
+
+
+@pytest.mark.usefixtures("photo")
+def test_the_documented_curl_gets_an_answer(server: Server) -> None:
+    (command,) = [line for line in commands(ROOT / "docs" / "serving.md") if "curl" in line]
+    command = command.replace("http://localhost:8000", server.url)
+    done = subprocess.run(["bash", "-c", command], capture_output=True, check=True)
+    answer = json.loads(done.stdout)
+    assert answer["usage"]["prompt_tokens"] > TOKENS
+    assert answer["choices"]
+
+
+def test_the_documented_engine_arguments_are_vllms(model: str) -> None:
+    from vllm import EngineArgs
+
+    (block,) = blocks(ROOT / "docs" / "serving.md", "python", "vllm")
+    names: dict[str, Any] = {}
+    exec(block.replace(HUB_NAME, model).replace("tokens=64", "tokens=16"), names)
+    assert names["arguments"]["block_size"] == 32
+    EngineArgs(**names["arguments"]).create_model_config()
 
 
 def test_the_metrics_tell_how_much_of_the_cache_is_in_use(server: Server) -> None:
