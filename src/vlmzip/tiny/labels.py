@@ -14,8 +14,9 @@ import torch
 from .glyphs import GLYPHS, WORDS
 from .scenes import COLOURS, PATCH, SHAPES, SIZE, Rendering, Scene, render, sample_scene
 
-__all__ = ["BACKGROUND", "HEADS", "IGNORE", "PHRASES", "LabelledImages", "keep", "patch_labels",
-           "phrases_shown", "rendered_split", "scene_of"]  # fmt: skip
+__all__ = ["BACKGROUND", "HEADS", "IGNORE", "PHRASES", "LabelledImages", "keep",
+           "nearest_centres", "patch_labels", "phrases_of_patches", "phrases_shown",
+           "rendered_split", "scene_of"]  # fmt: skip
 
 GRID = SIZE // PATCH
 IGNORE = -100
@@ -89,17 +90,36 @@ def _label_sign(
         labels["tens"][mine], labels["units"][mine] = int(text[0]), int(text[1])
 
 
+def phrases_of_patches(labels: torch.Tensor) -> torch.Tensor:
+    """Which of PHRASES each patch shows, int64 [B, 144], -1 if none; labels [B, len(HEADS), 144]."""
+    rows = dict(zip(HEADS, labels.long().unbind(1), strict=True))
+    kind, colour, word = rows["kind"], rows["colour"], rows["word"]
+    thing = (kind >= 0) & (kind < len(SHAPES)) & (colour >= 0)
+    spelt = (word >= 0) & (word < len(WORDS))
+    named = torch.where(thing, colour * len(SHAPES) + kind, -1)
+    return torch.where(spelt, len(COLOURS) * len(SHAPES) + word, named)
+
+
 def phrases_shown(labels: torch.Tensor) -> torch.Tensor:
     """Which of PHRASES each image shows, float [B, P], from its labels [B, len(HEADS), 144]."""
-    rows = dict(zip(HEADS, labels.long().unbind(1), strict=True))
+    phrase_BN = phrases_of_patches(labels)
     nothing = len(PHRASES)
-    kind, word = rows["kind"], rows["word"]
-    thing = (kind >= 0) & (kind < len(SHAPES)) & (rows["colour"] >= 0)
-    named = torch.where(thing, rows["colour"] * len(SHAPES) + kind, nothing)
-    spelt = (word >= 0) & (word < len(WORDS))
-    read = torch.where(spelt, len(COLOURS) * len(SHAPES) + word, nothing)
     shown = torch.zeros(len(labels), nothing + 1)
-    return shown.scatter_(1, named, 1.0).scatter_(1, read, 1.0)[:, :nothing]
+    return shown.scatter_(1, phrase_BN.where(phrase_BN >= 0, nothing), 1.0)[:, :nothing]
+
+
+def nearest_centres(labels: torch.Tensor) -> torch.Tensor:
+    """Column and row of the centre of the object or sign nearest to each patch, int64 [B, 2, 144].
+
+    Nearest is the one with the nearest patch; IGNORE all over an image that shows nothing.
+    """
+    rows = dict(zip(HEADS, labels.long().unbind(1), strict=True))
+    place = torch.stack([torch.arange(GRID * GRID) % GRID, torch.arange(GRID * GRID) // GRID], dim=1)
+    apart_NN = torch.cdist(place.float(), place.float())
+    bare_B1N = (rows["column"] == IGNORE)[:, None]
+    nearest_BN = (apart_NN + bare_B1N * 1e6).argmin(-1)
+    centres_B2N = torch.stack([rows["column"], rows["row"]], dim=1)
+    return centres_B2N.gather(2, nearest_BN[:, None].expand(-1, 2, -1))
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,16 @@ class TowerLesson(nn.Module):
 
         images uint8 [B, 96, 96, 3]; labels [B, heads, 144]; captions [B, T], padded with -1.
         """
-        seen = self.tower(pixels(images), output_hidden_states=True)
+        return self.losses_of(self.see(images), labels, captions)
+
+    def see(self, images: torch.Tensor) -> Any:
+        """The tower's output on uint8 images [B, 96, 96, 3], hidden states included."""
+        return self.tower(pixels(images), output_hidden_states=True)
+
+    def losses_of(
+        self, seen: Any, labels: torch.Tensor, captions: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """The same, of what the tower saw."""
         scores = self._label(seen.hidden_states[FEATURE_LAYER]).split(list(HEADS.values()), dim=-1)
         result = {"caption": self.contrast(seen.pooler_output, captions)}
         phrases, shown = self.read(self.phrases), phrases_shown(labels)
@@ -118,13 +127,15 @@ class TowerLesson(nn.Module):
 
     def patch_scores(self, images: torch.Tensor) -> torch.Tensor:
         """Logits [B, 144, sum(HEADS)] of the dense tasks for uint8 images [B, 96, 96, 3]."""
-        seen = self.tower(pixels(images), output_hidden_states=True)
-        return self._label(seen.hidden_states[FEATURE_LAYER])
+        return self._label(self.see(images).hidden_states[FEATURE_LAYER])
 
     def _label(self, hidden_BND: torch.Tensor) -> torch.Tensor:
-        patches_BND = hidden_BND[:, 1:] if self.cls else hidden_BND
-        scores: torch.Tensor = self.heads(self.norm(patches_BND))
+        scores: torch.Tensor = self.heads(self.norm(self.patches(hidden_BND)))
         return scores
+
+    def patches(self, hidden_BND: torch.Tensor) -> torch.Tensor:
+        """A hidden state's 144 patches, without the CLS token."""
+        return hidden_BND[:, 1:] if self.cls else hidden_BND
 
     def contrast(self, pooled_BD: torch.Tensor, captions: torch.Tensor) -> torch.Tensor:
         """CLIP's softmax loss for the CLIP tower, SigLIP's sigmoid loss for the SigLIP tower."""
@@ -153,6 +164,7 @@ class TowerLesson(nn.Module):
         return F.binary_cross_entropy_with_logits(logits, shown_BP, reduction="sum") / len(logits)
 
     @staticmethod
-    def total(losses: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The weighted sum that is minimised."""
-        return torch.stack([_WEIGHTS.get(k, 1.0) * v for k, v in losses.items()]).sum()
+    def total(losses: dict[str, torch.Tensor], **weights: float) -> torch.Tensor:
+        """The weighted sum that is minimised; weights of single tasks may be given."""
+        weights = {**_WEIGHTS, **weights}
+        return torch.stack([weights.get(k, 1.0) * v for k, v in losses.items()]).sum()

@@ -29,6 +29,7 @@ from .labels import HEADS, IGNORE, PHRASES, LabelledImages, keep, rendered_split
 from .language import build_tokenizer
 from .muon import optimisers
 from .questions import caption
+from .regions import RegionLesson
 from .scenes import SHAPES
 from .stage import Figures, Log, run_stage
 from .testset import exam_questions
@@ -45,6 +46,8 @@ class Recipe:
     tower_steps: int = 1_800
     tower_batch: int = 24
     tower_rates: tuple[float, float] = (3e-3, 2e-3)  # Muon's and AdamW's
+    region_steps: int = 800
+    region_rates: tuple[float, float] = (2e-3, 1e-3)
     lesson_images: int = 12_000
     lesson_steps: int = 2_500
     lesson_batch: int = 12
@@ -78,23 +81,22 @@ def train_tower(
     data: Path,
     stop_after: int | None,
 ) -> tuple[TowerLesson, bool]:
-    """First stage, captions and patch labels: the lesson, and whether it is finished."""
+    """First stage, in two parts: the lesson, and whether it is finished."""
     images = _rendered("pretraining", recipe.tower_images, data)
     held_out = _rendered("validation", 100, data)
     captions = _captions(tokenizer, recipe.tower_images, data)
     phrases = [tokenizer(text, add_special_tokens=False).input_ids for text in PHRASES]
     padded = pad_sequence([torch.tensor(ids) for ids in phrases], True, -1)
     lesson = TowerLesson(name, len(tokenizer), padded)
+    regions = RegionLesson(lesson)
 
-    def loss_at(step: int) -> torch.Tensor:
-        rng = np.random.default_rng([recipe.seed, 10, step])
+    def sample(part: int, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        rng = np.random.default_rng([recipe.seed, part, step])
         rows = np.sort(rng.choice(recipe.tower_images, recipe.tower_batch, replace=False))
-        return lesson.total(
-            lesson.losses(
-                torch.from_numpy(images.images[rows]),
-                torch.from_numpy(images.labels[rows]),
-                torch.from_numpy(captions[rows]).long(),
-            )
+        return (
+            torch.from_numpy(images.images[rows]),
+            torch.from_numpy(images.labels[rows]),
+            torch.from_numpy(captions[rows]).long(),
         )
 
     def check() -> Figures:
@@ -103,9 +105,13 @@ def train_tower(
     finished = run_stage(
         "tower", lesson,
         optimisers(lesson.tower.encoder, lesson, *recipe.tower_rates),
-        recipe.tower_steps, loss_at, folder,
-        check=check, every=recipe.check_every,
-        stop_after=stop_after,
+        recipe.tower_steps, lambda step: lesson.total(lesson.losses(*sample(10, step))), folder,
+        check=check, every=recipe.check_every, stop_after=stop_after,
+    ) and run_stage(
+        "regions", regions,
+        optimisers(lesson.tower.encoder, regions, *recipe.region_rates),
+        recipe.region_steps, lambda step: regions.loss(*sample(11, step)), folder,
+        check=check, every=recipe.check_every, stop_after=stop_after,
     )  # fmt: skip
     return lesson.eval().requires_grad_(False), finished
 

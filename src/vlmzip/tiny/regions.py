@@ -1,0 +1,50 @@
+"""First stage, second part: phrases are tied to the patches that show them.
+
+After the first part a tower names shapes and colours patch by patch, but its pooled output does not yet
+tell which colour goes with which shape, so nothing makes its attention look at every object. Here each
+patch of an object is matched with the object's phrase (as region-phrase pre-training does), the whole
+image with all of its phrases, and every patch, background too, says where the nearest object lies.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .labels import GRID, nearest_centres, phrases_of_patches
+from .tower import FEATURE_LAYER, WIDTH, TowerLesson
+
+__all__ = ["RegionLesson"]
+
+# Beside the first part's tasks, whose weights stay, but for those of the image's phrases.
+_WEIGHTS = {"phrases": 0.4, "early phrases": 0.4, "regions": 2.0, "nearest": 0.5}
+
+
+class RegionLesson(nn.Module):
+    """A lesson that goes on from a :class:`TowerLesson`, with two more tasks."""
+
+    def __init__(self, lesson: TowerLesson) -> None:
+        super().__init__()
+        self.lesson = lesson
+        self.region_norm = nn.LayerNorm(WIDTH)
+        self.nearest = nn.Linear(WIDTH, 2 * GRID)
+
+    def loss(self, images: torch.Tensor, labels: torch.Tensor, captions: torch.Tensor) -> torch.Tensor:
+        """The sum that is minimised; arguments as of :meth:`TowerLesson.losses`."""
+        seen = self.lesson.see(images)
+        hidden_BND = self.lesson.patches(seen.hidden_states[FEATURE_LAYER])
+        losses = self.lesson.losses_of(seen, labels, captions)
+        losses["regions"] = self._regions(hidden_BND, labels)
+        where_B2N = nearest_centres(labels)
+        scores = self.nearest(hidden_BND).unflatten(-1, (2, GRID)).movedim(-1, 1)  # [B, 12, 144, 2]
+        losses["nearest"] = 2 * F.cross_entropy(scores, where_B2N.mT)
+        return self.lesson.total(losses, **_WEIGHTS)
+
+    def _regions(self, hidden_BND: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        phrase_BN = phrases_of_patches(labels)
+        known = phrase_BN >= 0
+        patches = self.lesson.image_side(self.region_norm(hidden_BND[known]))
+        scale = self.lesson.phrase_scale.exp().clamp(max=100)
+        logits = F.normalize(patches, dim=-1) @ self.lesson.read(self.lesson.phrases).T * scale
+        return F.cross_entropy(logits, phrase_BN[known])
