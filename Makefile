@@ -10,10 +10,13 @@ export OMP_NUM_THREADS = 1
 export HF_HUB_OFFLINE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help test lint format docs wheel test-families test-newest test-vllm soak-vllm train-tiny clean
+.PHONY: help demo test lint format docs wheel test-families test-newest test-vllm soak-vllm train-tiny clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
+
+demo: .venv/ready  ## The main job on an embedded model: answers with all image tokens and with few
+	env -u OMP_NUM_THREADS .venv/bin/vlmzip demo
 
 test: .venv/ready  ## All tests, on the pinned versions (ARGS="-k llava" picks some)
 	.venv/bin/python $(PYTEST) tests
