@@ -204,6 +204,7 @@ def make_checkpoints(folder: Path) -> None:
 ASK = "ask {image} QUESTION --model {model} "
 ON = "ask {image} QUESTION --model {dir}/"
 LOOK = "show {image} --json --model {model} "
+EVAL = "eval --model {model} --questions 1 --tokens 9 "
 
 COMMANDS = [
     Command("unknown verb", "explain", r"No such command 'explain'"),
@@ -252,6 +253,33 @@ COMMANDS = [
     Command("show, no ending", LOOK + "-o {dir}/map", r"must end in one of"),
     Command("show into no folder", LOOK + "-o {dir}/nowhere/a.png", r"there is no folder .*nowhere"),
     Command("show onto the image", LOOK + "-o {image}", r"it is the image itself"),
+    # eval, demo, path
+    Command("eval, unknown method", EVAL + "--methods vision", r"unknown method 'vision'; known: .*zip"),
+    Command("eval, no method", EVAL + "--methods=", r"--methods must be a list with commas"),
+    Command(
+        "eval, method twice", EVAL + "--methods random,random", r"one of the methods was given twice"
+    ),
+    Command("eval, tokens no number", EVAL + "--tokens 16,x", r"--tokens must be whole numbers.*'x'"),
+    Command("eval, tokens 0", EVAL + "--tokens 16,0", r"tokens must be at least 1, got 0"),
+    Command(
+        "eval, too many tokens", EVAL + "--tokens 9,66", r"66 tokens does not fit: a view has only 65"
+    ),
+    Command("eval, tokens twice", EVAL + "--tokens 9,9", r"one of the tokens was given twice"),
+    Command("eval, no questions", EVAL + "--questions 0", r"between 1 and 3150, got 0"),
+    Command("eval, too many questions", EVAL + "--questions 3151", r"between 1 and 3150, got 3151"),
+    Command("eval, no batch", EVAL + "--batch 0", r"a batch must have at least 1 question, got 0"),
+    Command(
+        "eval, seed for nobody", EVAL + "--methods uniform --seed 1", r"none of uniform draws at random"
+    ),
+    Command("eval, negative seed", EVAL + "--seed -1", r"seed must be at least 0, got -1"),
+    Command("eval into no folder", EVAL + "-o {dir}/nowhere/a", r"there is no folder .*nowhere"),
+    Command("eval into a folder", EVAL + "-o {dir}", r"it is a folder"),
+    Command("eval into an image", EVAL + "-o {image}", r"good.png is no file of answers"),
+    Command("eval, unknown model", "eval --model nothing", r"there is no checkpoint folder 'nothing'"),
+    Command("demo, unknown ending", "demo -o map.xyz", r"must end in one of .*\.png"),
+    Command("demo into no folder", "demo -o {dir}/nowhere/map.png", r"there is no folder .*nowhere"),
+    Command("path, unknown name", "path tiny-lava", r"choose one of: tiny-llava, tiny-siglip"),
+    Command("path, no name", "path", r"Missing argument 'NAME'"),
     # questions
     Command("empty question", ASK, r"the question is empty", question=""),
     Command("blank question", ASK, r"the question is empty", question=" \n "),

@@ -1,5 +1,6 @@
 """The wheel, built and installed in a new environment, does what the README promises."""
 
+import json
 import os
 import subprocess
 import sys
@@ -14,7 +15,12 @@ import skimage.data
 from PIL import Image
 
 from markdown_pages import HUB_NAME, ROOT, blocks
+from vlmzip.tiny import NAMES, tiny_path
 
+needs_weights = pytest.mark.skipif(
+    not all((tiny_path(name) / "model.safetensors").is_file() for name in NAMES),
+    reason="the trained weights are not in the tree: make train-tiny writes them",
+)
 pytestmark = pytest.mark.xdist_group("wheel")  # one worker, so one build and one environment
 
 
@@ -76,6 +82,26 @@ def test_it_holds_the_package_and_nothing_else(wheel: Path) -> None:
     assert {name for name in names if name.endswith(".py")} == sources
 
 
+@needs_weights
+def test_both_embedded_models_are_in_it_and_it_is_small(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        packed = {info.filename: info.file_size for info in archive.infolist()}
+    for name in NAMES:
+        files = {f"vlmzip/tiny/checkpoints/{name}/{file.name}" for file in tiny_path(name).iterdir()}
+        assert files <= packed.keys()
+        assert f"vlmzip/tiny/checkpoints/{name}/model.safetensors" in files
+    assert wheel.stat().st_size < 30_000_000
+
+
+@needs_weights
+def test_an_embedded_model_answers_from_the_wheel(environment: Path, folder: Path) -> None:
+    where = Path(run(environment / "vlmzip", "path", "tiny-llava").strip()).resolve()
+    assert where.is_relative_to(environment.parent.resolve())
+    measure = ["eval", "--questions", "14", "--tokens", "16", "--methods", "visionzip", "--json"]
+    found = json.loads(run(environment / "vlmzip", *measure, cwd=folder))
+    assert found["rows"][0]["accuracy"] > 0.5
+
+
 def test_its_version_is_the_package_s(environment: Path, wheel: Path) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     said = run(environment / "python", "-c", "import vlmzip; print(vlmzip.__version__)").strip()
@@ -99,5 +125,5 @@ def test_the_readme_s_ten_lines_answer(environment: Path, folder: Path) -> None:
 
 def test_the_program_says_what_it_can_do(environment: Path) -> None:
     said = run(environment / "vlmzip", "--help")
-    for verb in ("ask", "show", "models"):
+    for verb in ("demo", "ask", "show", "eval", "path", "models"):
         assert verb in said

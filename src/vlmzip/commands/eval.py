@@ -55,8 +55,11 @@ def evaluate(
         from vlmzip import __version__
         from vlmzip.evaluation import AnswerFile, SceneTask, contenders, fingerprint, rows, tables
         from vlmzip.loading import load
+        from vlmzip.methods import from_settings
 
         task = SceneTask(questions)
+        for name in names:  # what can be refused before the weights are read
+            from_settings({"method": name, "tokens": budgets[0] if budgets else 1})
         loaded, processor = load(model, dtype, device)
         entrants = contenders(loaded, processor, task.examples[0], names, budgets, seed)
         about = {
