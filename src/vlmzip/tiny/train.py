@@ -159,7 +159,10 @@ def teach_questions(
 ) -> None:
     """Second stage: projector and LLM on the frozen tower's features, which are computed once."""
     images = _rendered("train", recipe.lesson_images, data).images
-    features = tower_features(model, images)
+    features_file = folder / "features.npy"  # the tower is finished: they stay what they are
+    if not features_file.exists():
+        keep(features_file, tower_features(model, images).numpy())
+    features = torch.from_numpy(np.load(features_file))
     scenes = [scene_of("train", i) for i in range(recipe.lesson_images)]
     writer = DialogueWriter(tokenizer)
     taught = nn.ModuleList([model.model.language_model, model.model.multi_modal_projector])
