@@ -10,7 +10,7 @@ export OMP_NUM_THREADS = 1
 export HF_HUB_OFFLINE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format docs wheel test-families test-newest test-vllm soak-vllm train-tiny clean
+.PHONY: help demo test lint format docs wheel test-families test-newest test-vllm soak-vllm train-tiny model-card clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -56,6 +56,9 @@ train-tiny: .venv/ready  ## Train the embedded models anew (long; goes on where 
 		.venv/bin/python -m vlmzip.tiny.train $$name --out src/vlmzip/tiny/checkpoints/$$name \
 			|| exit 1; \
 	done
+
+model-card: .venv/ready  ## Measure the embedded models and fill the tables of docs/tiny-models.md
+	env -u OMP_NUM_THREADS .venv/bin/python scripts/model_card.py runs/model-card
 
 clean:  ## Remove virtual environments, builds and caches
 	rm -rf .venv .venv-families .venv-newest .venv-vllm dist build

@@ -3,16 +3,19 @@
 ``make docs`` runs it; a test fails when a table in docs/ is not what this would write.
 """
 
+from dataclasses import asdict
 from inspect import getdoc, getmodule
 from pathlib import Path
 
 from vlmzip.families.base import REGISTRY as FAMILIES
 from vlmzip.methods.base import REGISTRY as METHODS
+from vlmzip.tiny.train import Recipe
 
 DOCS = Path(__file__).parent.parent / "docs"
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(
         "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
@@ -27,7 +30,7 @@ def families() -> str:
     """The families, one row each, from their cards."""
     head = ["`model_type`", "models", "vision tower", "attention of", "compressed", "tokens an image"]
     cards = {name: family.card for name, family in sorted(FAMILIES.items())}
-    return _table(
+    return table(
         head,
         [
             [f"`{name}`", card.models, card.tower, card.layer, card.compressed, card.count]
@@ -39,7 +42,7 @@ def families() -> str:
 def tested() -> str:
     """What each family was tested with, from their cards."""
     cards = {name: family.card for name, family in sorted(FAMILIES.items())}
-    return _table(
+    return table(
         ["`model_type`", "tested", "not tested"],
         [[f"`{name}`", card.tested, card.untested] for name, card in cards.items()],
     )
@@ -47,7 +50,7 @@ def tested() -> str:
 
 def methods() -> str:
     """The methods, one row each, from the first line of their file's docstring."""
-    return _table(
+    return table(
         ["`method`", "class", "kind", "what it does"],
         [
             [f"`{name}`", f"`{cls.__name__}`", cls.kind, _first_line(cls)]
@@ -56,10 +59,16 @@ def methods() -> str:
     )
 
 
+def recipe() -> str:
+    """Every number that the embedded models are trained with."""
+    return table(["setting", "value"], [[f"`{k}`", str(v)] for k, v in asdict(Recipe()).items()])
+
+
 TABLES = {
     ("models.md", "families"): families,
     ("models.md", "tested"): tested,
     ("adding-a-method.md", "methods"): methods,
+    ("tiny-models.md", "recipe"): recipe,
 }
 
 
