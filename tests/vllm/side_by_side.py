@@ -163,11 +163,13 @@ def engine(**options: Any) -> Iterator[Engine]:
         "distributed_executor_backend": "uni",
         "seed": 0,
     }
-    llm = LLM(**(defaults | options))
+    llm = None
     try:
+        llm = LLM(**(defaults | options))
         yield Engine(llm)
     finally:
-        llm.llm_engine.engine_core.shutdown()
+        if llm is not None:
+            llm.llm_engine.engine_core.shutdown()
         del llm
         gc.collect()
         cleanup_dist_env_and_memory()

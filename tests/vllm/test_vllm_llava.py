@@ -53,7 +53,7 @@ def assert_all_agree(served: Engine, reference: Reference, asks: list[Ask]) -> N
 def test_a_compressed_checkpoint_names_our_architecture(stored: Path) -> None:
     config = json.loads((stored / "config.json").read_text())
     assert config["architectures"] == ["VlmzipLlavaForConditionalGeneration"]
-    assert config["vlmzip"] == METHOD.settings()
+    assert config["vlmzip"] == METHOD.settings() | {"order": "grouped"}
 
 
 def test_the_reference_tells_orders_budgets_and_images_apart(reference: Reference) -> None:
