@@ -235,9 +235,23 @@ def test_models_lists_every_family() -> None:
     assert all(f"\n{name}\n" in f"\n{printed}" for name in families())
 
 
+def test_path_prints_a_folder_that_holds_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vlmzip.tiny.tiny_path", lambda name: tmp_path / name)
+    missing = CliRunner().invoke(app, ["path", "tiny-llava"])
+    assert (missing.exit_code, missing.stdout) == (2, "")
+    assert missing.stderr.startswith("error: the weights of tiny-llava are not part of this installation")
+    (tmp_path / "tiny-llava").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "tiny-llava" / name).touch()
+    found = CliRunner().invoke(app, ["path", "tiny-llava"])
+    assert (found.exit_code, found.stdout) == (0, f"{tmp_path / 'tiny-llava'}\n")
+
+
 def test_version_and_help() -> None:
     assert CliRunner().invoke(app, ["--version"]).stdout == f"vlmzip {vlmzip.__version__}\n"
-    for verb in ("ask", "show", "models"):
+    for verb in ("ask", "show", "models", "eval", "demo"):
         result = CliRunner().invoke(app, [verb, "--help"])
         assert result.exit_code == 0
         assert "--json" in result.stdout

@@ -28,8 +28,6 @@ from vlmzip.evaluation import (
 )
 from vlmzip.evaluation.tables import over
 from vlmzip.loading import load
-from vlmzip.tiny.checkpoint import build_model, build_processor, save_checkpoint
-from vlmzip.tiny.language import build_tokenizer
 from vlmzip.tiny.questions import KINDS
 from vlmzip.tiny.testset import exam_questions
 
@@ -40,17 +38,6 @@ ENTRANTS = [
     Contender("visionzip", 16, VisionZip(tokens=16)),
     Contender("random", 16, Random(tokens=16)),
 ]
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkpoints of both embedded models' shapes, with random weights."""
-    where = tmp_path_factory.mktemp("evaluation")
-    tokenizer = build_tokenizer()
-    for name in ("tiny-llava", "tiny-siglip"):
-        torch.manual_seed(1)
-        save_checkpoint(build_model(name, tokenizer), build_processor(name, tokenizer), where / name)
-    return where
 
 
 @pytest.fixture(scope="session")

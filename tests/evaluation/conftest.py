@@ -1,0 +1,20 @@
+"""The embedded models' shapes with random weights: what they answer is known to be wrong."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from vlmzip.tiny.checkpoint import build_model, build_processor, save_checkpoint
+from vlmzip.tiny.language import build_tokenizer
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints of both embedded models' shapes, with random weights."""
+    where = tmp_path_factory.mktemp("evaluation")
+    tokenizer = build_tokenizer()
+    for name in ("tiny-llava", "tiny-siglip"):
+        torch.manual_seed(1)
+        save_checkpoint(build_model(name, tokenizer), build_processor(name, tokenizer), where / name)
+    return where
