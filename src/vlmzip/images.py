@@ -41,7 +41,7 @@ def open_image(path: str | Path) -> Picture:
             warnings.simplefilter("ignore")  # Pillow warns of large images and odd metadata
             with Image.open(path) as opened:
                 frames = getattr(opened, "n_frames", 1)
-                _check_shape(opened)
+                check_shape(opened.width, opened.height)
                 opened.load()
                 image = to_rgb(ImageOps.exif_transpose(opened))
     except UnidentifiedImageError:
@@ -98,10 +98,14 @@ def _white(image: Image.Image, high: float) -> float:
     return 255.0
 
 
-def _check_shape(image: Image.Image) -> None:
-    long, short = max(image.size), min(image.size)
-    if short == 0 or long > MOST_ELONGATED * short:
+def check_shape(width: int, height: int) -> None:
+    """Refuse images that a processor, which scales the shorter side, would blow up.
+
+    Raises:
+        ValueError: One side is more than ``MOST_ELONGATED`` times the other.
+    """
+    if min(width, height) == 0 or max(width, height) > MOST_ELONGATED * min(width, height):
         raise ValueError(
-            f"the image is {image.width} x {image.height} pixels; one side may be at most "
+            f"the image is {width} x {height} pixels; one side may be at most "
             f"{MOST_ELONGATED} times the other: crop or pad it"
         )

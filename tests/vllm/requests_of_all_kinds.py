@@ -114,7 +114,6 @@ def bad_requests(seed: int) -> list[Request]:
         "8000 x 10 image": chat(part(encoded(picture(seed, (8000, 10)))), ask),
         "10 x 8000 image": chat(part(encoded(picture(seed, (10, 8000)))), ask),
         "a placeholder too many": chat(good, text_part("what is <image>?")),
-        "a placeholder without an image": chat(text_part("what is <image>?")),
         "too many images": chat(*[good] * (MOST_IMAGES + 1), ask),
         "oversized prompt": chat(good, text_part("why? " * MOST_PROMPT)),
         "budget 0": budget(0),
@@ -148,6 +147,8 @@ def odd_requests(seed: int) -> list[Request]:
         "grey image": chat(part(encoded(picture(seed, (50, 60)).convert("L"))), ask),
         "transparent image": chat(part(encoded(picture(seed, (50, 60)).convert("RGBA"))), ask),
         "one-bit image": chat(part(encoded(picture(seed, (50, 60)).convert("1"))), ask),
+        # vLLM takes it for text: its requests without images never reach a model's own checks.
+        "placeholder without an image": chat(text_part("what is <image>?")),
         "field that vLLM ignores": chat(
             part(encoded(picture(seed, (50, 60)))), ask, colour_of_the_sky="blue"
         ),

@@ -15,6 +15,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import MultiModalFieldConfig
 
 from vlmzip.methods import Method
+from vlmzip.vllm.requests import check_fields, check_images
 from vlmzip.vllm.settings import OWN_BUDGET, REQUEST_KEY, Compression, compression_of
 
 
@@ -89,10 +90,10 @@ class CompressedInfo:
             return self
         return self.asking(most)
 
-    def get_num_image_tokens(self, *, image_width: int, image_height: int) -> int:
-        """Placeholders of an image of so many pixels."""
+    def get_num_image_tokens(self, *, image_width: int, image_height: int, **stock_options: Any) -> int:
+        """Placeholders of an image of so many pixels; some stock infos take options of their own."""
         stock = super().get_num_image_tokens(  # type: ignore[misc]
-            image_width=image_width, image_height=image_height
+            image_width=image_width, image_height=image_height, **stock_options
         )
         size = (image_height, image_width)
         return self.compression.family.sized_image_tokens(self.method, stock, size)
@@ -119,7 +120,8 @@ class CompressedProcessor:
         """Process one request; a budget of its own is taken from ``hf_processor_mm_kwargs``.
 
         Raises:
-            ValueError: The budget is not allowed, or placeholders and images are not as many.
+            ValueError: The budget is not allowed, placeholders and images are not as many, an image is
+                too elongated, or the processor does not know a field.
         """
         kwargs = dict(inputs.hf_processor_mm_kwargs)
         if REQUEST_KEY in kwargs:
@@ -127,6 +129,8 @@ class CompressedProcessor:
             twin.info = self.info.asking(kwargs.pop(REQUEST_KEY))
             return twin.apply(replace(inputs, hf_processor_mm_kwargs=kwargs), timing_ctx)
         self._check_prompt(inputs)
+        check_images(inputs.mm_data_items)
+        check_fields(kwargs, self.info.get_hf_processor())
         return super().apply(inputs, timing_ctx)  # type: ignore[misc]
 
     def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> Any:
