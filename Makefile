@@ -46,7 +46,7 @@ test-newest: .venv-newest/ready  ## All tests again, on the newest transformers 
 	.venv-newest/bin/python $(PYTEST) -m needs_torchvision tests
 
 test-vllm: .venv-vllm/ready  ## The vLLM plugin's tests, on vLLM's CPU build
-	.venv-vllm/bin/python -m pytest $(ARGS) tests/vllm
+	.venv-vllm/bin/python -m pytest --timeout 900 $(ARGS) tests/vllm
 
 soak-vllm: .venv-vllm/ready  ## A thousand requests, a fifth malformed, to a compressed server (ARGS=...)
 	.venv-vllm/bin/python tests/vllm/soak.py $(ARGS)
