@@ -16,6 +16,7 @@ from vlmzip.attachment import Attachment, Selection, selections_of
 from vlmzip.capture import tap_attention
 from vlmzip.errors import UnsupportedModelError
 from vlmzip.merging import ZipOutput
+from vlmzip.methods.base import Method
 
 
 @dataclass(frozen=True)
@@ -140,21 +141,46 @@ class PackedTower:
         parts: list[list[Tensor]] = [[] for _ in layers]
         selections, kept, start = [], [], 0
         for image, (t, h, w) in enumerate(grid_thw.tolist()):
-            size = (h // self.merge, w // self.merge)
-            n = size[0] * size[1]
+            n = h * w // self.merge**2
             here = slice(start, start := start + t * n)
-            features = [layer[image] for layer in layers]
-            hidden_VND = torch.cat(features, -1).view(t, n, -1)
-            scores_VN, keys_VNd = scores_M[here].view(t, n), keys_Md[here].view(t, n, -1)
-            out = state.zip_views(hidden_VND, scores_VN, keys_VNd, size)
+            features_MD = torch.cat([layer[image] for layer in layers], -1)
+            out = self.zip_image(features_MD, scores_M[here], keys_Md[here], (t, h, w), state)
             for part, tokens in zip(parts, out.tokens.flatten(0, 1).chunk(len(layers), -1), strict=True):
                 part.append(tokens)
-            selections += selections_of(out, size, [t])
+            selections += selections_of(out, (h // self.merge, w // self.merge), [t])
             kept.append(Kept(places(out), n))
         output.pooler_output = tuple(parts[0])
         if len(parts) > 1:
             output.deepstack_features = [tuple(part) for part in parts[1:]]
         return selections, kept
+
+    def zip_image(
+        self,
+        features_MD: Tensor,
+        scores_M: Tensor,
+        keys_Md: Tensor,
+        thw: tuple[int, int, int],
+        state: Attachment,
+        method: Method | None = None,
+    ) -> ZipOutput:
+        """Compress one image, or one video frame by frame.
+
+        Args:
+            features_MD: Its merged tokens, in raster order.
+            scores_M: Their scores, float32.
+            keys_Md: Their keys, float32.
+            thw: Its frames, and its patches in rows and columns.
+            state: The model's state.
+            method: The method with a budget of this image's own; None: the model's.
+
+        Returns:
+            The output, its leading axis over frames.
+        """
+        t, h, w = thw
+        hidden_VND, scores_VN = features_MD.unflatten(0, (t, -1)), scores_M.unflatten(0, (t, -1))
+        keys_VNd = keys_Md.unflatten(0, (t, -1))
+        grid = (h // self.merge, w // self.merge)
+        return state.zip_views(hidden_VND, scores_VN, keys_VNd, grid, method=method)
 
 
 def places(out: ZipOutput) -> Tensor:

@@ -36,6 +36,14 @@ SERVED: dict[str, Served] = {
         stock="LlavaNextForConditionalGeneration",
         target="vlmzip.vllm.llava_next:VlmzipLlavaNextForConditionalGeneration",
     ),
+    "qwen2_vl": Served(
+        stock="Qwen2VLForConditionalGeneration",
+        target="vlmzip.vllm.qwen2_vl:VlmzipQwen2VLForConditionalGeneration",
+    ),
+    "qwen2_5_vl": Served(
+        stock="Qwen2_5_VLForConditionalGeneration",
+        target="vlmzip.vllm.qwen2_5_vl:VlmzipQwen2_5_VLForConditionalGeneration",
+    ),
 }
 
 
