@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.model_executor.models.llava_next import (
     LlavaNextForConditionalGeneration,
@@ -27,14 +27,15 @@ class Processor(CompressedProcessor, LlavaNextMultiModalProcessor):  # type: ign
     """The stock processor, with the request's budget."""
 
 
-@compressed_processing(LlavaNextForConditionalGeneration, Info, Processor)
-class VlmzipLlavaNextForConditionalGeneration(LlavaNextForConditionalGeneration):  # type: ignore[misc]
-    """The stock model; with settings in its config, K tokens a view reach the projector."""
+class CompressedAnyres:
+    """Before a stock model whose images are cut into crops; K tokens a view reach the projector."""
 
-    hf_to_vllm_mapper = LlavaNextForConditionalGeneration.hf_to_vllm_mapper | TOWER_NAMES
+    vision_tower: nn.Module
+    multi_modal_projector: nn.Module
+    select_layers: Any = None
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         self.compression = compression_of(vllm_config.model_config.hf_config)
         self.encoder: ViewEncoder | None = None
         if self.compression is not None and not isinstance(self.vision_tower, StageMissingLayer):
@@ -46,8 +47,9 @@ class VlmzipLlavaNextForConditionalGeneration(LlavaNextForConditionalGeneration)
         """Tokens of each image, [V * K, D]; embeddings that a client made are passed on as they are."""
         asked = kwargs.pop(REQUEST_KEY, None)
         if self.encoder is None or kwargs.get("pixel_values") is None:
-            return super().embed_multimodal(**kwargs)
-        inputs = self._parse_and_validate_image_input(**kwargs)
+            return super().embed_multimodal(**kwargs)  # type: ignore[misc]
+        stock: Any = self
+        inputs = stock._parse_and_validate_image_input(**kwargs)
         sizes = size_pairs(inputs["image_sizes"])
         family, method = self.encoder.state.family, self.encoder.state.method
         views = [family.anyres.views(size) for size in sizes]
@@ -60,6 +62,16 @@ class VlmzipLlavaNextForConditionalGeneration(LlavaNextForConditionalGeneration)
             pack_views(tokens_VKD, out, family.anyres.grid(size), grid, cls_token, order)
             for tokens_VKD, out, size in zip(tokens, outs, sizes, strict=True)
         ]
+
+
+@compressed_processing(LlavaNextForConditionalGeneration, Info, Processor)
+class VlmzipLlavaNextForConditionalGeneration(
+    CompressedAnyres,
+    LlavaNextForConditionalGeneration,  # type: ignore[misc]
+):
+    """The stock model; with settings in its config, K tokens a view reach the projector."""
+
+    hf_to_vllm_mapper = LlavaNextForConditionalGeneration.hf_to_vllm_mapper | TOWER_NAMES
 
     def get_mm_lora_token_counts(
         self, *, modality: str, mm_kwargs: Any, num_mm_embeds: int

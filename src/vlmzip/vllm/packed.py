@@ -19,33 +19,15 @@ from vlmzip.errors import UnsupportedModelError
 from vlmzip.patch_merger import places
 from vlmzip.vllm.encoder import gather_heads
 from vlmzip.vllm.mrope import CompressedMrope, let_cpu_runner_ask, with_places
-from vlmzip.vllm.processing import CompressedInfo, CompressedProcessor
+from vlmzip.vllm.no_videos import NoVideosInfo
+from vlmzip.vllm.processing import CompressedProcessor
 from vlmzip.vllm.settings import OWN_BUDGET, REQUEST_KEY, Compression, compression_of
-
-
-class PackedInfo(CompressedInfo):
-    """Before a stock Qwen processing info: K placeholders an image, no videos."""
-
-    def get_supported_mm_limits(self) -> dict[str, int | None]:
-        """Images, as many as the engine allows."""
-        return {"image": None}
-
-    def validate_num_items(self, modality: str, num_items: int) -> None:
-        """Refuse what a request may not have.
-
-        Raises:
-            ValueError: It has videos, or too many images.
-        """
-        if modality == "video" and num_items:
-            raise ValueError(
-                f"videos of a compressed {self.compression.family.name} are not supported with vLLM; "
-                "send frames as images, or use vlmzip.compress with transformers"
-            )
-        super().validate_num_items(modality, num_items)  # type: ignore[misc]
 
 
 class PackedProcessor(CompressedProcessor):
     """Before a stock Qwen multi-modal processor."""
+
+    info: NoVideosInfo
 
     def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> Any:
         """A dummy prompt ends with text, as every prompt."""
@@ -161,7 +143,7 @@ class PackedEncoder:
     """
 
     def __init__(
-        self, visual: nn.Module, compression: Compression, vllm_config: VllmConfig, *, data_parallel: bool
+        self, visual: Any, compression: Compression, vllm_config: VllmConfig, *, data_parallel: bool
     ) -> None:
         self.compression = compression
         self.tower: Any = compression.family.tower  # type: ignore[attr-defined]
@@ -170,8 +152,8 @@ class PackedEncoder:
         # As many merged tokens as vLLM would have encoded at a time without compression.
         self.at_a_time = vllm_config.scheduler_config.max_num_batched_tokens * ranks
         self._data_parallel = data_parallel
-        self._visual: Any = visual
-        self._attention: Any = self._visual.blocks[self.tower.block].attn
+        self._visual = visual
+        self._attention = visual.blocks[self.tower.block].attn
         self._attention.attn.register_forward_pre_hook(self._read, with_kwargs=True)
         self._frames: list[int] = []
 
@@ -225,7 +207,8 @@ class PackedEncoder:
             )
             return shared
         sizes = [prod(grid) // self.tower.merge**2 for grid in grids]
-        return self.run(pixels_PC, grids).split(sizes)
+        alone: tuple[Tensor, ...] = self.run(pixels_PC, grids).split(sizes)
+        return alone
 
     def run(self, pixels_PC: Tensor, grids: list[list[int]]) -> Tensor:
         """One forward of the tower on this rank: [M, D + 1 + d] float32, which holds its dtype too."""
@@ -233,12 +216,10 @@ class PackedEncoder:
         with self.state.tap.listen() as reading:
             hidden_MD: Tensor = self._visual(pixels_PC, grid_thw=grids)
             scores, keys = zip(*reading.take(), strict=True)
-        scores_1P, keys_1Pd = gather_heads(
-            torch.cat(scores, 1), torch.cat(keys, 1), self._attention.tp_size
-        )
-        records = list(
-            zip(scores_1P.split(self._frames, 1), keys_1Pd.split(self._frames, 1), strict=True)
-        )
+        ranks = self._attention.tp_size
+        scores_1P, keys_1Pd = gather_heads(torch.cat(scores, 1), torch.cat(keys, 1), ranks)
+        split = (part.split(self._frames, 1) for part in (scores_1P, keys_1Pd))
+        records = list(zip(*split, strict=True))
         scores_M, keys_Md = self.tower.scores_and_keys(records, torch.tensor(grids))
         return torch.cat([hidden_MD.float(), scores_M.unsqueeze(1), keys_Md], 1)
 

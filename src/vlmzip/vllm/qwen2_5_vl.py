@@ -6,11 +6,12 @@ from vllm.model_executor.models.qwen2_5_vl import (
     Qwen2_5_VLProcessingInfo,
 )
 
-from vlmzip.vllm.packed import CompressedPacked, PackedInfo, PackedProcessor
+from vlmzip.vllm.no_videos import NoVideosInfo
+from vlmzip.vllm.packed import CompressedPacked, PackedProcessor
 from vlmzip.vllm.processing import compressed_processing
 
 
-class Info(PackedInfo, Qwen2_5_VLProcessingInfo):  # type: ignore[misc]
+class Info(NoVideosInfo, Qwen2_5_VLProcessingInfo):  # type: ignore[misc]
     """K placeholders an image."""
 
 
@@ -19,7 +20,8 @@ class Processor(PackedProcessor, Qwen2_5_VLMultiModalProcessor):  # type: ignore
 
 
 @compressed_processing(Qwen2_5_VLForConditionalGeneration, Info, Processor)
-class VlmzipQwen2_5_VLForConditionalGeneration(  # type: ignore[misc]  # noqa: N801
-    CompressedPacked, Qwen2_5_VLForConditionalGeneration
+class VlmzipQwen2_5_VLForConditionalGeneration(
+    CompressedPacked,
+    Qwen2_5_VLForConditionalGeneration,  # type: ignore[misc]
 ):
     """The stock model; with settings in its config, K tokens an image reach the language model."""

@@ -6,11 +6,12 @@ from vllm.model_executor.models.qwen2_vl import (
     Qwen2VLProcessingInfo,
 )
 
-from vlmzip.vllm.packed import CompressedPacked, PackedInfo, PackedProcessor
+from vlmzip.vllm.no_videos import NoVideosInfo
+from vlmzip.vllm.packed import CompressedPacked, PackedProcessor
 from vlmzip.vllm.processing import compressed_processing
 
 
-class Info(PackedInfo, Qwen2VLProcessingInfo):  # type: ignore[misc]
+class Info(NoVideosInfo, Qwen2VLProcessingInfo):  # type: ignore[misc]
     """K placeholders an image."""
 
 

@@ -36,6 +36,10 @@ SERVED: dict[str, Served] = {
         stock="LlavaNextForConditionalGeneration",
         target="vlmzip.vllm.llava_next:VlmzipLlavaNextForConditionalGeneration",
     ),
+    "llava_onevision": Served(
+        stock="LlavaOnevisionForConditionalGeneration",
+        target="vlmzip.vllm.llava_onevision:VlmzipLlavaOnevisionForConditionalGeneration",
+    ),
     "qwen2_vl": Served(
         stock="Qwen2VLForConditionalGeneration",
         target="vlmzip.vllm.qwen2_vl:VlmzipQwen2VLForConditionalGeneration",
