@@ -57,6 +57,7 @@ class CompressedInfo:
     """
 
     ctx: Any
+    get_hf_processor: Any
 
     def __init__(self, ctx: Any, compression: Compression) -> None:
         super().__init__(ctx)  # type: ignore[call-arg]
