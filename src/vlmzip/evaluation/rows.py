@@ -73,9 +73,7 @@ def contenders(
     _check_list("tokens", budgets)
     seeded = {name for name in names if name in REGISTRY and "seed" in REGISTRY[name].setting_names()}
     if seed is not None and not seeded:
-        raise ValueError(
-            f"a seed was given, and of {', '.join(names)} none draws at random; leave it out"
-        )
+        raise ValueError(f"none of {', '.join(names)} draws at random; leave the seed out")
     found = [Contender("none", own)]
     for name in names:
         more = {"seed": seed} if name in seeded and seed is not None else {}

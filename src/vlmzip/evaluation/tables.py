@@ -55,10 +55,13 @@ def over(rows: Sequence[Row], row: Row, other: str) -> Difference | None:
 
 
 def print_tables(console: Console, rows: Sequence[Row]) -> None:
-    """Accuracy with its interval and against random, then accuracy by kind; in percent."""
+    """Accuracy with its interval, in percent of the full model's, and against random; then by kind.
+
+    All in percent, and in 80 columns.
+    """
     kinds = list(dict.fromkeys(rows[0].kinds))
-    overall = _table("method", "tokens", "accuracy", "95 % interval", "of all tokens'", "minus random")
-    by_kind = _table("method", "tokens", *kinds)
+    overall = _table(2, "method", "tokens", "accuracy", "95 % interval", "of full", "minus random")
+    by_kind = _table(1, "method", "tokens", *kinds)
     best = sum(rows[0].right)
     for row in rows:
         entry = _entry(row)
@@ -78,8 +81,8 @@ def print_tables(console: Console, rows: Sequence[Row]) -> None:
     console.print(by_kind)
 
 
-def _table(first: str, *columns: str) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+def _table(gap: int, first: str, *columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0))
     table.add_column(first, style="bold", no_wrap=True)
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
