@@ -161,7 +161,8 @@ def test_images_are_encoded_a_few_at_a_time(served: Engine, reference: Reference
     served.forget()
     patches: list[int] = []
     hook = served.model.visual.register_forward_pre_hook(lambda _, args: patches.append(len(args[0])))
-    ask = Ask("what are they?", [SMALL, SMALL, TALL, LANDSCAPE, SMALL, WIDE], visual_tokens=1)
+    others = [picture(seed, 40, 40) for seed in (5, 6)]
+    ask = Ask("what are they?", [SMALL, others[0], TALL, LANDSCAPE, others[1], WIDE], visual_tokens=1)
     try:
         answer = served.answers([ask])[0]
     finally:
@@ -192,6 +193,21 @@ def test_sharded_over_ranks_by_image_the_tower_gives_the_same(served: Engine) ->
     assert [len(rows) for rows in outs[0]] == [12, 4, 40]
     for one, other in zip(*outs, strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_places_survive_every_dtype(dtype: torch.dtype) -> None:
+    from vlmzip.vllm.mrope import split_places, with_places
+
+    columns = 1811  # of the most elongated image of 16384 tokens
+    index_K = torch.tensor([0, 1, 255, 257, columns - 1, columns, 8 * columns + 999])
+    tokens_KD = torch.rand(len(index_K), 5, dtype=dtype)
+    rows = [with_places(tokens_KD, index_K, columns), with_places(tokens_KD[:2], index_K[:2] + 32000, 1)]
+    (first, second), places_2S = split_places(rows)
+    assert torch.equal(first, tokens_KD)
+    assert torch.equal(second, tokens_KD[:2])
+    assert places_2S[0].tolist() == [0, 0, 0, 0, 0, 1, 8, 32000, 32001]
+    assert places_2S[1].tolist() == [0, 1, 255, 257, 1810, 0, 999, 0, 0]
 
 
 @pytest.mark.parametrize("budget", [0, -1, 41, "x", True])

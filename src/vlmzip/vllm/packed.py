@@ -82,7 +82,7 @@ class CompressedPacked(CompressedMrope):
         _check_engine(vllm_config)
         # vLLM asks its own config, which knows of pruned videos only, and the model.
         config = vllm_config.model_config.get_multimodal_config()
-        object.__setattr__(config, "is_multimodal_pruning_enabled", lambda: True)
+        object.__setattr__(config, "is_multimodal_pruning_enabled", _always)
         self.supports_multimodal_pruning = self.is_multimodal_pruning_enabled = True
         let_cpu_runner_ask()
         if not isinstance(stock.visual, StageMissingLayer):
@@ -105,6 +105,10 @@ class CompressedPacked(CompressedMrope):
         """No graphs of the compressed encoder: in them nothing can be read off."""
         config = super().get_encoder_cudagraph_config()  # type: ignore[misc]
         return config if self.compression is None else replace(config, modalities=[])
+
+
+def _always() -> bool:
+    return True
 
 
 def _check_engine(vllm_config: VllmConfig) -> None:
