@@ -3,6 +3,7 @@
 #     scripts/install_vllm.sh .venv-vllm
 # May be run again on the same folder. Python 3.11; takes about five minutes and 2.5 GB.
 #
+# pip must find torch's CPU build: configure it to, where it would take another.
 # Left out on purpose: triton (a gigabyte that nothing here runs) and torchaudio and torchcodec, whose
 # wheels are linked to CUDA. Only files that a CUDA machine would need are missing, so `pip check`
 # complains and everything works.
