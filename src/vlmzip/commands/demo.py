@@ -196,5 +196,5 @@ def _print_report(model: str, scenes: list[dict[str, Any]], out: Path, rows: "Se
     console.print(table)
     console.print(f"\nTimes: {MEASURED}.", style="dim")
     console.print(f"Token maps of these scenes: {out}", markup=False)
-    console.print(f"\nAccuracy in percent on the first {len(rows[0].right)} test questions:\n")
+    console.print(f"\nAccuracy on the first {len(rows[0].right)} test questions:\n")
     print_tables(console, rows)

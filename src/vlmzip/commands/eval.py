@@ -80,8 +80,8 @@ def evaluate(
     from rich.console import Console
 
     console = Console(highlight=False)
+    console.print(f"{model}, {questions} questions\n", markup=False)
     tables.print_tables(console, measured)
-    console.print(f"\n{model}, {questions} questions. Accuracy in percent.", style="dim", markup=False)
 
 
 def _words(option: str, text: str) -> list[str]:

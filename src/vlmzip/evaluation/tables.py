@@ -12,6 +12,11 @@ from rich.text import Text
 from .intervals import Difference, paired_difference, wilson
 from .rows import Row
 
+_CAPTION = (
+    "In percent; 'of full' is in percent of the uncompressed model's accuracy; 'minus random' is the "
+    "difference on the same questions at the same budget, with its 95 % interval."
+)
+
 __all__ = ["document", "over", "print_tables"]
 
 
@@ -79,6 +84,7 @@ def print_tables(console: Console, rows: Sequence[Row]) -> None:
     console.print(overall)
     console.print()
     console.print(by_kind)
+    console.print(f"\n{_CAPTION}", style="dim")
 
 
 def _table(gap: int, first: str, *columns: str) -> Table:
