@@ -181,11 +181,12 @@ def _ideal(seen: dict[str, Seen]) -> dict[str, float]:
     """What the first token could gain at most: all but the language model's share stays as it is.
 
     A prompt of as many text tokens takes the language model as long as one with an image, without
-    the image's way through preprocessing and vision tower; the difference is the image's part.
+    the image's way through preprocessing and vision tower; the difference is the image's part, or
+    none where it drowns in the noise.
     """
     alone = {side: median(s.first for s in seen[side].alone) for side in SIDES}
     text = {side: median(s.first for s in seen["compressed"].text[side]) for side in SIDES}
-    image = alone["stock"] - text["stock"]
+    image = max(0.0, alone["stock"] - text["stock"])
     ideal = alone["stock"] / (image + text["compressed"])
     measured = alone["stock"] / alone["compressed"]
     values = {
