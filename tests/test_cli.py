@@ -231,6 +231,9 @@ def test_models_lists_every_family() -> None:
     assert [card["family"] for card in found["families"]] == list(families())
     assert all(card["models"] and card["tested"] and card["untested"] for card in found["families"])
     assert found["methods"] == list(vlmzip.methods())
+    engines = {engine["engine"]: engine["families"] for engine in found["engines"]}
+    assert engines["transformers"] == list(families())
+    assert {"llava", "llava_next"} <= set(engines["vllm"]) < set(families())
     printed = CliRunner().invoke(app, ["models"]).stdout
     assert all(f"\n{name}\n" in f"\n{printed}" for name in families())
 

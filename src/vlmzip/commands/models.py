@@ -23,12 +23,19 @@ def models(as_json: options.Json = False) -> None:
     from vlmzip.families import families
     from vlmzip.families.base import REGISTRY
     from vlmzip.methods import methods
+    from vlmzip.vllm.engine import installed_version
+    from vlmzip.vllm.registry import SERVED
 
     document = {
         "families": [{"family": name} | asdict(REGISTRY[name].card) for name in families()],
         "methods": list(methods()),
         "engines": [
-            {"engine": "transformers", "version": transformers.__version__, "families": list(families())}
+            {
+                "engine": "transformers",
+                "version": transformers.__version__,
+                "families": list(families()),
+            },
+            {"engine": "vllm", "version": installed_version(), "families": sorted(SERVED)},
         ],
     }
     if as_json:
@@ -42,6 +49,7 @@ def _print_cards(document: dict[str, Any]) -> None:
     from rich.table import Table
 
     console = Console(highlight=False)
+    families = [card["family"] for card in document["families"]]
     for card in document["families"]:
         table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 3, 0, 0))
         table.add_column(style="dim", no_wrap=True)
@@ -51,6 +59,8 @@ def _print_cards(document: dict[str, Any]) -> None:
         console.print(card["family"], style="bold", markup=False)
         console.print(table)
         console.print()
-    engines = ", ".join(f"{engine['engine']} {engine['version']}" for engine in document["engines"])
-    console.print(f"engines: {engines}", markup=False)
+    for engine in document["engines"]:
+        served = "all families" if engine["families"] == families else ", ".join(engine["families"])
+        version = engine["version"] or "(not installed)"
+        console.print(f"{engine['engine']} {version}: {served}", markup=False)
     console.print(f"methods: {', '.join(document['methods'])}", markup=False)

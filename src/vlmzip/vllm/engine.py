@@ -196,9 +196,14 @@ def default_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
     return {"block_size": CPU_BLOCK_SIZE} if "block_size" not in given and _on_cpu() else {}
 
 
+def installed_version() -> str | None:
+    """The version of the vLLM that is installed; None without one."""
+    try:
+        return metadata.version("vllm")
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def _on_cpu() -> bool:
     """Whether the vLLM installed is a CPU build, which vLLM itself tells by its version, too."""
-    try:
-        return "cpu" in metadata.version("vllm")
-    except metadata.PackageNotFoundError:
-        return False
+    return "cpu" in (installed_version() or "")
