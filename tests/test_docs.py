@@ -166,7 +166,7 @@ def check_command(words: list[str]) -> None:
             assert importlib.util.find_spec(module) is not None, words
         case ["python", script, *_]:
             assert (ROOT / script).is_file(), words
-        case ["bash", script]:
+        case ["bash", script, *_]:
             assert (ROOT / script).is_file(), words
         case ["git" | "cd" | "source", *_]:
             pass
