@@ -212,6 +212,10 @@ def test_engine_args_are_strict_and_have_small_blocks_on_a_cpu(
         "dtype": "float32",
     }
     assert engine_args(model, VisionZip(tokens=16), block_size=64)["block_size"] == 64
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE")
+    assert engine_args(model, VisionZip(tokens=16))["kv_cache_memory_bytes"] == 4 * 2**30
+    shared = engine_args(model, VisionZip(tokens=16), gpu_memory_utilization=0.2)
+    assert "kv_cache_memory_bytes" not in shared
     monkeypatch.setenv("VLLM_PLUGINS", "lora,other")
     with pytest.raises(RuntimeError, match="add 'vlmzip' to its list"):
         engine_args(model, VisionZip(tokens=16))

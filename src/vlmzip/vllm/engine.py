@@ -18,6 +18,10 @@ PLUGIN_NAME = "vlmzip"
 # vLLM's default on a CPU is 128: a compressed prompt is often shorter than one such block, and the
 # prefix cache holds whole blocks only.
 CPU_BLOCK_SIZE = 32
+# On a CPU vLLM asks for 92 % of the machine's memory, and does not start if other programs have more
+# than the rest.
+CPU_CACHE_BYTES = 4 << 30
+_CACHE_SIZES = ("kv_cache_memory_bytes", "gpu_memory_utilization")
 
 # Engine arguments that would have the model, or its config, come from elsewhere than what was checked.
 _ALLOWED = {"model_impl": ("auto", "vllm"), "config_format": ("auto", "hf"), "hf_config_path": (None,)}
@@ -77,7 +81,8 @@ def engine_args(
 
     Reads the checkpoint's config only, and imports no vLLM. On vLLM's CPU build ``block_size`` is 32
     unless given: its own 128 is more than most compressed prompts have, so that they would never be
-    found in the prefix cache.
+    found in the prefix cache. There, too, the KV cache has 4 GiB unless its size is given: vLLM would
+    ask for nearly all of the memory.
 
     Args:
         model: A checkpoint folder, a hub name, or the name of an embedded model.
@@ -192,8 +197,13 @@ def check_installed() -> None:
 
 
 def default_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Engine arguments that serve compressed prompts better than vLLM's own, unless ``given``."""
-    return {"block_size": CPU_BLOCK_SIZE} if "block_size" not in given and _on_cpu() else {}
+    """Engine arguments that suit a CPU better than vLLM's own, unless ``given``; none elsewhere."""
+    if not _on_cpu():
+        return {}
+    arguments = {} if "block_size" in given else {"block_size": CPU_BLOCK_SIZE}
+    if not any(name in given for name in _CACHE_SIZES) and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+        arguments["kv_cache_memory_bytes"] = CPU_CACHE_BYTES
+    return arguments
 
 
 def installed_version() -> str | None:
