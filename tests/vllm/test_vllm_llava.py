@@ -166,6 +166,13 @@ def test_too_few_or_too_many_placeholders_are_refused(served: Engine) -> None:
             served.generate([{"prompt": prompt, "multi_modal_data": {"image": [LARGE]}}])
 
 
+def test_fields_that_would_make_another_image_are_refused(served: Engine) -> None:
+    fields = {"crop_size": {"height": 112, "width": 112}, "visual_tokens": 32}
+    request = {**Ask("what is it?", [LARGE]).for_vllm(), "mm_processor_kwargs": fields}
+    with pytest.raises(ValueError, match="112 x 112 pixels, this model takes 336 x 336"):
+        served.generate([request])
+
+
 def test_the_engine_lives_on_after_refusals(served: Engine, reference: Reference) -> None:
     assert_all_agree(served, reference, [Ask("still there?", [TALL])])
 

@@ -95,3 +95,11 @@ def test_adapters_are_told_how_many_tokens_tower_and_projector_see(served: Engin
 def test_a_budget_over_the_maximum_is_refused(served: Engine) -> None:
     with pytest.raises(ValueError, match="at most 40, got 41"):
         served.answers([Ask("what is it?", [SQUARE], visual_tokens=41)])
+
+
+def test_fields_that_would_make_other_views_are_refused(served: Engine, reference: Reference) -> None:
+    ask = Ask("what is it?", [SQUARE])
+    request = {**ask.for_vllm(), "mm_processor_kwargs": {"image_grid_pinpoints": [[112, 224]]}}
+    with pytest.raises(ValueError, match="this model expects 5 of 112 x 112 pixels"):
+        served.generate([request])
+    assert served.answers([ask])[0].agrees(reference.answer(ask))

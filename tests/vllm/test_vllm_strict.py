@@ -60,6 +60,15 @@ def test_settings_that_do_not_fit_do_not_start(stock: Path, overrides: Any, mess
         pass
 
 
+def test_a_budget_for_all_requests_is_no_request(stock: Path) -> None:
+    options = {"hf_overrides": {"vlmzip": SETTINGS}, "mm_processor_kwargs": {"visual_tokens": 8}}
+    with (
+        pytest.raises(ValueError, match="visual_tokens belongs to requests"),
+        engine(model=str(stock), **options),
+    ):
+        pass
+
+
 def test_a_siglip_tower_that_would_lose_a_patch_does_not_start(tmp_path: Path) -> None:
     model, processor = build(112, "siglip")
     model.config.vision_feature_select_strategy = "default"

@@ -34,6 +34,16 @@ class Info(CompressedInfo, LlavaProcessingInfo):  # type: ignore[misc]
 class Processor(CompressedProcessor, LlavaMultiModalProcessor):  # type: ignore[misc]
     """The stock processor, with the request's budget."""
 
+    def _check_processed(self, processed: Any) -> None:
+        side = self.info.ctx.get_hf_config().vision_config.image_size
+        for pixels_CHW in processed["pixel_values"]:
+            if tuple(pixels_CHW.shape[-2:]) != (side, side):
+                height, width = pixels_CHW.shape[-2:]
+                raise ValueError(
+                    f"the request's mm_processor_kwargs made an image of {height} x {width} pixels, this "
+                    f"model takes {side} x {side}; leave size and crop_size as they are"
+                )
+
 
 @compressed_processing(LlavaForConditionalGeneration, Info, Processor)
 class VlmzipLlavaForConditionalGeneration(LlavaForConditionalGeneration):  # type: ignore[misc]

@@ -26,6 +26,12 @@ class Info(CompressedInfo, LlavaNextProcessingInfo):  # type: ignore[misc]
 class Processor(CompressedProcessor, LlavaNextMultiModalProcessor):  # type: ignore[misc]
     """The stock processor, with the request's budget."""
 
+    def _check_processed(self, processed: Any) -> None:
+        family: Any = self.info.compression.family
+        views = [family.anyres.views(size) for size in size_pairs(processed["image_sizes"])]
+        for index in range(len(views)):
+            family.anyres.check_processed(processed["pixel_values"], views, index)
+
 
 class CompressedAnyres:
     """Before a stock model whose images are cut into crops; K tokens a view reach the projector."""

@@ -170,6 +170,21 @@ class CompressedProcessor:
         asked = torch.full((mm_items.get_all_counts()["image"],), self.info.asked)
         return inputs._replace(passthrough_data={**inputs.passthrough_data, REQUEST_KEY: asked})
 
+    def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, object]) -> Any:
+        processed = super()._apply_hf_processor_main(mm_items, hf_kwargs)  # type: ignore[misc]
+        if processed.get("pixel_values") is not None:
+            self._check_processed(processed)
+        return processed
+
+    def _check_processed(self, processed: Any) -> None:
+        """Refuse images that the request's own fields made of another size than the model takes.
+
+        The model would refuse them too, but an error there ends the engine.
+
+        Raises:
+            ValueError: There are some.
+        """
+
     def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, object]) -> Any:
         stock = super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs)  # type: ignore[misc]
         return {**stock, REQUEST_KEY: MultiModalFieldConfig.batched("image", keep_on_cpu=True)}
