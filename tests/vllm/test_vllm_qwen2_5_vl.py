@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -193,6 +194,31 @@ def test_sharded_over_ranks_by_image_the_tower_gives_the_same(served: Engine) ->
     assert [len(rows) for rows in outs[0]] == [12, 4, 40]
     for one, other in zip(*outs, strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+def test_positions_never_pass_the_end_of_the_table(served: Engine) -> None:
+    """20 images of one token each, 1800 rows high: without compression they would not fit the prompt."""
+    from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
+
+    model = served.model
+    image, text = model.config.image_token_id, 5
+    grid = SimpleNamespace(data=torch.tensor([1, 3600, 2]))
+    for images, end in ((2, 2 + 2 * 1800), (20, None)):
+        tokens = [text, image] * images + [text]
+        features: list[Any] = [
+            MultiModalFeatureSpec(
+                data={"image_grid_thw": grid},  # type: ignore[arg-type]
+                modality="image",
+                identifier=str(i),
+                mm_position=PlaceholderRange(offset=1 + 2 * i, length=1),
+            )
+            for i in range(images)
+        ]
+        positions_3T, delta = model.get_mrope_input_positions(tokens, features)
+        rotary = model.language_model.model.layers[0].self_attn.rotary_emb
+        last = rotary.cos_sin_cache.shape[0] - 1
+        assert int(positions_3T.max()) + 1024 - len(tokens) <= last
+        assert delta + len(tokens) - 1 == int(positions_3T[0, -1]) == (end or last - 1024 + len(tokens))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -14,9 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from vllm.logger import init_logger
 from vllm.model_executor.models.interfaces import supports_multimodal_pruning
 from vllm.platforms import current_platform
 from vllm.utils.gpu_sync_debug import gpu_sync_allowed
+
+logger = init_logger(__name__)
 
 # Channels have the embeddings' dtype, and bfloat16 holds whole numbers up to 256 only: so a row and a
 # column are two digits each.
@@ -52,6 +55,8 @@ class CompressedMrope:
 
     compression: Any
     config: Any
+    language_model: Any
+    model_config: Any
 
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: Any) -> tuple[Tensor, int]:
         """Positions [3, T] of a prompt, and the position after it less T."""
@@ -72,8 +77,9 @@ class CompressedMrope:
             dropped += whole - here.length
         columns += range(len(columns) + dropped, len(input_tokens) + dropped)
         source = [0] * (len(input_tokens) + dropped)  # the stock method looks at its length only
-        positions_3F, delta = stock(source, features)
-        return positions_3F[:, columns], delta + dropped
+        positions_3F, _ = stock(source, features)
+        positions_3T = self._within_table(positions_3F[:, columns])
+        return positions_3T, _delta(positions_3T)
 
     def recompute_mrope_positions(
         self,
@@ -103,9 +109,31 @@ class CompressedMrope:
                 image_S = image_S[: places_2S.shape[1]] + num_computed_tokens
                 mrope_positions = mrope_positions.clone()
                 mrope_positions[1:, image_S] = mrope_positions[0, image_S] + places_2S
-        # The prompt ends with text, which comes after every image.
-        delta = int(mrope_positions[0, -1]) + 1 - mrope_positions.shape[1]
-        return tokens, mrope_positions, delta
+                mrope_positions = self._within_table(mrope_positions)
+        return tokens, mrope_positions, _delta(mrope_positions)
+
+    def _within_table(self, positions_3T: Tensor) -> Tensor:
+        """Keep positions in vLLM's table of them, four times as many as the model was trained for.
+
+        Without compression vLLM's own limit of a prompt's length does that. A compressed prompt may hold
+        so many images that its positions pass the table's end, where vLLM would crash with every
+        request that it serves.
+        """
+        rotary = self.language_model.model.layers[0].self_attn.rotary_emb
+        answer = self.model_config.max_model_len - positions_3T.shape[1]
+        last = rotary.cos_sin_cache.shape[0] - 1 - answer
+        if int(positions_3T.max()) > last:
+            logger.warning(
+                "a prompt's images are so many or so large that its positions pass %d, the end of what "
+                "vLLM has of them; later tokens share that position. Send fewer or smaller images.",
+                last,
+            )
+        return positions_3T.clamp(max=last)
+
+
+def _delta(positions_3T: Tensor) -> int:
+    """The position after a prompt less its tokens: it ends with text, which comes after every image."""
+    return int(positions_3T[0, -1]) + 1 - positions_3T.shape[1]
 
 
 def let_cpu_runner_ask() -> None:
