@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from vlmzip.tiny.alignment import whiten
 from vlmzip.tiny.checkpoint import build_processor, save_checkpoint
-from vlmzip.tiny.dialogues import SILENT, DialogueWriter
+from vlmzip.tiny.dialogues import SILENT, DialogueBatch, DialogueWriter
 from vlmzip.tiny.labels import scene_of
 from vlmzip.tiny.language import build_tokenizer
 from vlmzip.tiny.muon import Muon, orthogonal
@@ -15,7 +16,7 @@ from vlmzip.tiny.stage import run_stage
 from vlmzip.tiny.train import Recipe, answer_scores, tower_features, train
 
 MINIATURE = Recipe(
-    tower_images=16, tower_steps=4, tower_batch=4,
+    tower_images=16, tower_steps=4, tower_batch=4, region_steps=4, alignment_steps=2, alignment_batch=4,
     lesson_images=16, lesson_steps=4, lesson_batch=4, check_every=2,
 )  # fmt: skip
 
@@ -36,14 +37,15 @@ def weights(model):
 
 def test_a_stopped_training_goes_on_to_the_same_weights(tmp_path, data):
     whole = weights(train("tiny-llava", MINIATURE, tmp_path / "whole", data))
-    for stop in (3, 3, 3):
+    for stop in (3, 3, 3, 3):
         model = train("tiny-llava", MINIATURE, tmp_path / "parts", data, stop_after=stop)
     assert weights(model).keys() == whole.keys()
     for name, value in weights(model).items():
         assert torch.equal(value, whole[name]), name
     lines = [json.loads(line) for line in (tmp_path / "parts" / "log.jsonl").read_text().splitlines()]
     assert [(line["stage"], line["step"]) for line in lines] == [
-        ("tower", 2), ("tower", 3), ("tower", 4), ("questions", 2), ("questions", 3), ("questions", 4),
+        ("tower", 2), ("tower", 3), ("tower", 4), ("regions", 2), ("regions", 3), ("regions", 4),
+        ("alignment", 2), ("questions", 2), ("questions", 3), ("questions", 4),
     ]  # fmt: skip
 
 
@@ -102,22 +104,61 @@ def test_training_sees_what_inference_sees(tmp_path, data, tokenizer):
     ids, labels = DialogueWriter(tokenizer).write([0, 1], [("Is there a red ring?", "yes")])
     features = tower_features(model, images).float()
     with torch.no_grad():
-        scores, _ = answer_scores(model, torch.tensor([ids]), torch.tensor([labels]), features)
+        batch = DialogueBatch(torch.tensor([ids]), torch.tensor([labels]), np.array([[0, 1]]))
+        scores, _ = answer_scores(model, batch, features)
         pixel_values = processor.image_processor(list(images), return_tensors="pt")["pixel_values"]
         logits = model(input_ids=torch.tensor([ids]), pixel_values=pixel_values).logits[0]
     first = next(i for i, label in enumerate(labels) if label != SILENT)
     assert torch.allclose(scores, logits[first - 1 : -1], atol=1e-2)
 
 
-def test_dialogues_have_one_to_twelve_turns_and_ask_nothing_twice(tokenizer):
+def test_dialogues_have_one_to_four_turns(tokenizer):
     writer = DialogueWriter(tokenizer)
     scenes = [scene_of("train", i) for i in range(20)]
     rng = np.random.default_rng(0)
     batch = writer.batch(scenes, rng.integers(20, size=(60, 2)), rng)
     turns = (batch.labels == writer.end).sum(dim=1)
-    assert set(turns.tolist()) <= set(range(1, 13))
-    assert {1, 2, 3, 4} <= set(turns.tolist())
+    assert set(turns.tolist()) == {1, 2, 3, 4}
     assert (batch.input_ids == writer.image).sum(dim=1).tolist() == [288] * 60
+
+
+def test_questions_side_by_side_are_answered_as_each_alone(tmp_path, data, tokenizer):
+    model = train("tiny-llava", replace(MINIATURE, tower_steps=1, lesson_steps=1), tmp_path, data)
+    writer = DialogueWriter(tokenizer)
+    scenes = [scene_of("train", i) for i in range(3)]
+    features = torch.randn(2, 144, 128)
+    batch = writer.side_by_side(scenes, np.array([2, 0]), np.random.default_rng(0), questions=5)
+    assert batch.images.tolist() == [[2], [0]]
+    with torch.no_grad():
+        scores, wanted = answer_scores(model, batch, features)
+    places = (batch.labels[:, 1:] != SILENT).nonzero().tolist()
+    ends = (wanted == writer.end).nonzero()[:, 0].tolist()
+    assert len(ends) == 10
+    start = 0
+    for end in ends:
+        row, column = places[start]
+        prompt_length = int((batch.input_ids[row] == writer.image).nonzero().max()) + 1
+        begin = column - int(batch.position_ids[row, column]) + prompt_length
+        last = places[end][1]
+        own = torch.cat([batch.input_ids[row, :prompt_length], batch.input_ids[row, begin : last + 2]])
+        labels = torch.cat([torch.full((prompt_length,), SILENT), batch.labels[row, begin : last + 2]])
+        alone = DialogueBatch(own[None], labels[None], batch.images[row : row + 1])
+        with torch.no_grad():
+            expected, target = answer_scores(model, alone, features[row : row + 1])
+        assert torch.equal(target, wanted[start : end + 1])
+        assert torch.allclose(expected, scores[start : end + 1], atol=1e-4)
+        start = end + 1
+
+
+def test_a_whitened_projector_sees_all_directions_alike():
+    torch.manual_seed(0)
+    features = torch.randn(200, 144, 128) * torch.logspace(0, 1, 128) + 3.0
+    projector = nn.Module()
+    projector.linear_1 = nn.Linear(128, 128)
+    whiten(projector, features)
+    out = projector.linear_1(features.flatten(0, 1)).detach()
+    assert out.mean(0).abs().max() < 0.1
+    assert torch.allclose(torch.cov(out.T), torch.eye(128), atol=0.1)
 
 
 def test_saved_weights_have_the_hubs_names(tmp_path, data, tokenizer):

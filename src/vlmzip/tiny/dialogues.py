@@ -1,4 +1,4 @@
-"""Training dialogues: one to three images, one to twelve turns, written as token ids."""
+"""Training prompts as token ids: dialogues, and many questions about one image side by side."""
 
 from __future__ import annotations
 
@@ -21,16 +21,22 @@ __all__ = ["DialogueBatch", "DialogueWriter"]
 PATCHES = GRID * GRID
 SILENT = -100  # what the loss passes over: everything but the answers
 _IMAGES = (0.85, 0.1, 0.05)  # share of prompts with one, two and three images
-_TURNS = {1: 0.1, 2: 0.1, 3: 0.1, 4: 0.2, 8: 0.25, 12: 0.25}  # share of dialogues by their turns
+_TURNS = {1: 0.25, 2: 0.25, 3: 0.25, 4: 0.25}  # share of dialogues by their turns
 
 
 @dataclass(frozen=True)
 class DialogueBatch:
-    """input_ids and labels [B, T] (right-padded) and the images of each row [B, images]."""
+    """input_ids and labels [B, T] (right-padded) and the images of each row [B, images].
+
+    Where questions stand side by side: mask [B, 1, T, T], True where a token sees another, and
+    position_ids [B, T].
+    """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
     images: npt.NDArray[np.int64]
+    mask: torch.Tensor | None = None
+    position_ids: torch.Tensor | None = None
 
 
 class DialogueWriter:
@@ -74,6 +80,46 @@ class DialogueWriter:
             input_ids[i, : len(ids)] = torch.tensor(ids)
             labels[i, : len(label)] = torch.tensor(label)
         return DialogueBatch(input_ids, labels, chosen)
+
+    def side_by_side(
+        self,
+        scenes: Sequence[Scene],
+        chosen: npt.NDArray[np.int64],
+        rng: np.random.Generator,
+        questions: int = 16,
+    ) -> DialogueBatch:
+        """Many first turns about each of chosen [B] scenes, none of which sees another.
+
+        Every question follows its image directly, as if it stood in a prompt of its own: the answer
+        must come from the image, and the image is read once.
+        """
+        rows = [self._singles(scenes[index], rng, questions) for index in chosen]
+        longest = max(len(ids) for ids, _, _, _ in rows)
+        shape = (len(rows), longest)
+        input_ids, labels = torch.full(shape, self.pad), torch.full(shape, SILENT)
+        part, place = torch.full(shape, -1), torch.zeros(shape, dtype=torch.long)
+        for i, row in enumerate(rows):
+            for tensor, values in zip((input_ids, labels, part, place), row, strict=True):
+                tensor[i, : len(values)] = torch.tensor(values)
+        same = (part[:, None, :] == part[:, :, None]) | (part[:, None, :] == 0)
+        mask = (same & torch.ones(longest, longest, dtype=torch.bool).tril())[:, None]
+        return DialogueBatch(input_ids, labels, chosen[:, None], mask, place)
+
+    def _singles(
+        self, scene: Scene, rng: np.random.Generator, questions: int
+    ) -> tuple[list[int], list[int], list[int], list[int]]:
+        """Ids, labels, which question a token belongs to (0: the image) and positions of one row."""
+        ids, labels = self.write([0], [])
+        part, place = [0] * len(ids), list(range(len(ids)))
+        start = len(ids)
+        for number in range(1, questions + 1):
+            question = self._question(scene, rng)
+            whole, wanted = self.write([0], [(question.text, question.answer)])
+            ids += whole[start:]
+            labels += wanted[start:]
+            part += [number] * (len(whole) - start)
+            place += range(start, len(whole))
+        return ids, labels, part, place
 
     def _dialogue(
         self, scenes: Sequence[Scene], row: npt.NDArray[np.int64], rng: np.random.Generator

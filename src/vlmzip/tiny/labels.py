@@ -14,7 +14,7 @@ import torch
 from .glyphs import GLYPHS, WORDS
 from .scenes import COLOURS, PATCH, SHAPES, SIZE, Rendering, Scene, render, sample_scene
 
-__all__ = ["BACKGROUND", "HEADS", "IGNORE", "PHRASES", "LabelledImages", "keep",
+__all__ = ["BACKGROUND", "HEADS", "IGNORE", "PHRASES", "LabelledImages", "count_of_things", "keep",
            "nearest_centres", "patch_labels", "phrases_of_patches", "phrases_shown",
            "rendered_split", "scene_of"]  # fmt: skip
 
@@ -120,6 +120,12 @@ def nearest_centres(labels: torch.Tensor) -> torch.Tensor:
     nearest_BN = (apart_NN + bare_B1N * 1e6).argmin(-1)
     centres_B2N = torch.stack([rows["column"], rows["row"]], dim=1)
     return centres_B2N.gather(2, nearest_BN[:, None].expand(-1, 2, -1))
+
+
+def count_of_things(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which patches show an object or a sign, bool [B, 144], and the number of objects less 1, [B]."""
+    rows = dict(zip(HEADS, labels.long().unbind(1), strict=True))
+    return rows["column"] != IGNORE, rows["rank"].amax(1).clamp(min=0)
 
 
 @dataclass(frozen=True)

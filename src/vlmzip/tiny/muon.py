@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["Muon", "optimisers", "set_rate"]
+__all__ = ["Muon", "adam", "optimisers", "set_rate"]
 
 
 class Muon(torch.optim.Optimizer):
@@ -63,16 +63,26 @@ def orthogonal(matrices_NRC: torch.Tensor, steps: int = 5) -> torch.Tensor:
 
 def optimisers(
     blocks: nn.Module, everything: nn.Module, muon_rate: float, adam_rate: float
-) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
+) -> tuple[torch.optim.Optimizer, ...]:
     """Muon over the matrices inside blocks, AdamW over the rest of everything that is trained."""
     matrices = [p for p in blocks.parameters() if p.ndim == 2 and p.requires_grad]
     taken = {id(p) for p in matrices}
     rest = [p for p in everything.parameters() if p.requires_grad and id(p) not in taken]
-    adam = torch.optim.AdamW(rest, lr=adam_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    for optimiser in (muon := Muon(matrices, muon_rate), adam):
-        for group in optimiser.param_groups:
-            group["peak"] = group["lr"]
-    return muon, adam
+    muon = Muon(matrices, muon_rate)
+    _note_peak(muon)
+    return muon, adam(rest, adam_rate)
+
+
+def adam(parameters: Iterable[nn.Parameter], rate: float) -> torch.optim.Optimizer:
+    """AdamW as the recipe uses it."""
+    optimiser = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
+    _note_peak(optimiser)
+    return optimiser
+
+
+def _note_peak(optimiser: torch.optim.Optimizer) -> None:
+    for group in optimiser.param_groups:
+        group["peak"] = group["lr"]
 
 
 def set_rate(optimiser: torch.optim.Optimizer, step: int, steps: int, warmup: int = 50) -> None:

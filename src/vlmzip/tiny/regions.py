@@ -3,7 +3,8 @@
 After the first part a tower names shapes and colours patch by patch, but its pooled output does not yet
 tell which colour goes with which shape, so nothing makes its attention look at every object. Here each
 patch of an object is matched with the object's phrase (as region-phrase pre-training does), the whole
-image with all of its phrases, and every patch, background too, says where the nearest object lies.
+image with all of its phrases, every patch of an object or sign says how many objects there are, and
+every patch, background too, where the nearest object lies.
 """
 
 from __future__ import annotations
@@ -12,23 +13,25 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .labels import GRID, nearest_centres, phrases_of_patches
+from .labels import GRID, HEADS, count_of_things, nearest_centres, phrases_of_patches
 from .tower import FEATURE_LAYER, WIDTH, TowerLesson
 
 __all__ = ["RegionLesson"]
 
 # Beside the first part's tasks, whose weights stay, but for those of the image's phrases.
-_WEIGHTS = {"phrases": 0.4, "early phrases": 0.4, "regions": 2.0, "nearest": 0.5}
+_WEIGHTS = {"phrases": 0.4, "early phrases": 0.4, "regions": 2.0, "nearest": 0.5,
+            "count": 1.0}  # fmt: skip
 
 
 class RegionLesson(nn.Module):
-    """A lesson that goes on from a :class:`TowerLesson`, with two more tasks."""
+    """A lesson that goes on from a :class:`TowerLesson`, with three more tasks."""
 
     def __init__(self, lesson: TowerLesson) -> None:
         super().__init__()
         self.lesson = lesson
         self.region_norm = nn.LayerNorm(WIDTH)
         self.nearest = nn.Linear(WIDTH, 2 * GRID)
+        self.count = nn.Linear(WIDTH, HEADS["rank"])
 
     def loss(self, images: torch.Tensor, labels: torch.Tensor, captions: torch.Tensor) -> torch.Tensor:
         """The sum that is minimised; arguments as of :meth:`TowerLesson.losses`."""
@@ -39,6 +42,9 @@ class RegionLesson(nn.Module):
         where_B2N = nearest_centres(labels)
         scores = self.nearest(hidden_BND).unflatten(-1, (2, GRID)).movedim(-1, 1)  # [B, 12, 144, 2]
         losses["nearest"] = 2 * F.cross_entropy(scores, where_B2N.mT)
+        shown_BN, count_B = count_of_things(labels)
+        counted = self.count(self.region_norm(hidden_BND))[shown_BN]
+        losses["count"] = F.cross_entropy(counted, count_B[:, None].expand_as(shown_BN)[shown_BN])
         return self.lesson.total(losses, **_WEIGHTS)
 
     def _regions(self, hidden_BND: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

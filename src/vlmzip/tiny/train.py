@@ -22,12 +22,13 @@ from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 from . import NAMES
 from .accuracy import accuracy_table
+from .alignment import Alignment, whiten
 from .checkpoint import build_model, build_processor, copy_tower, save_checkpoint
-from .dialogues import SILENT, DialogueWriter, images_per_prompt
+from .dialogues import SILENT, DialogueBatch, DialogueWriter, images_per_prompt
 from .focus import focus
 from .labels import HEADS, IGNORE, PHRASES, LabelledImages, keep, rendered_split, scene_of
 from .language import build_tokenizer
-from .muon import optimisers
+from .muon import adam, optimisers
 from .questions import caption
 from .regions import RegionLesson
 from .scenes import SHAPES
@@ -46,12 +47,16 @@ class Recipe:
     tower_steps: int = 1_800
     tower_batch: int = 24
     tower_rates: tuple[float, float] = (3e-3, 2e-3)  # Muon's and AdamW's
-    region_steps: int = 800
+    region_steps: int = 600
     region_rates: tuple[float, float] = (2e-3, 1e-3)
     lesson_images: int = 12_000
-    lesson_steps: int = 2_500
-    lesson_batch: int = 12
-    lesson_rates: tuple[float, float] = (2e-3, 2e-3)
+    alignment_steps: int = 600
+    alignment_batch: int = 32
+    alignment_rate: float = 2e-3
+    lesson_steps: int = 2_400
+    lesson_batch: int = 6
+    lesson_dialogues: float = 0.3  # share of steps on dialogues; the others have questions side by side
+    lesson_rates: tuple[float, float] = (3e-3, 2e-3)
     check_every: int = 100
     seed: int = 0
 
@@ -158,22 +163,27 @@ def teach_questions(
     stop_after: int | None,
 ) -> None:
     """Second stage: projector and LLM on the frozen tower's features, which are computed once."""
-    images = _rendered("train", recipe.lesson_images, data).images
+    rendered = _rendered("train", recipe.lesson_images, data)
     features_file = folder / "features.npy"  # the tower is finished: they stay what they are
     if not features_file.exists():
-        keep(features_file, tower_features(model, images).numpy())
+        keep(features_file, tower_features(model, rendered.images).numpy())
     features = torch.from_numpy(np.load(features_file))
     scenes = [scene_of("train", i) for i in range(recipe.lesson_images)]
     writer = DialogueWriter(tokenizer)
     taught = nn.ModuleList([model.model.language_model, model.model.multi_modal_projector])
 
+    align(model, tokenizer, features, rendered, recipe, folder)
+
     def loss_at(step: int) -> torch.Tensor:
         rng = np.random.default_rng([recipe.seed, 20, step])
-        per_prompt = images_per_prompt(rng)
-        rows = max(4, recipe.lesson_batch // per_prompt)
-        batch = writer.batch(scenes, rng.integers(len(scenes), size=(rows, per_prompt)), rng)
+        if rng.random() < recipe.lesson_dialogues:
+            per_prompt = images_per_prompt(rng)
+            rows = max(2, recipe.lesson_batch // per_prompt)
+            batch = writer.batch(scenes, rng.integers(len(scenes), size=(rows, per_prompt)), rng)
+        else:
+            batch = writer.side_by_side(scenes, rng.integers(len(scenes), size=recipe.lesson_batch), rng)
         seen = features[torch.from_numpy(batch.images).flatten()].float()
-        scores, wanted = answer_scores(model, batch.input_ids, batch.labels, seen)
+        scores, wanted = answer_scores(model, batch, seen)
         return F.cross_entropy(scores, wanted)
 
     run_stage(
@@ -181,6 +191,32 @@ def teach_questions(
         optimisers(model.model.language_model.layers, taught, *recipe.lesson_rates),
         recipe.lesson_steps, loss_at, folder, check=dict, every=recipe.check_every,
         stop_after=stop_after,
+    )  # fmt: skip
+
+
+def align(
+    model: LlavaForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerFast,
+    features: torch.Tensor,
+    rendered: LabelledImages,
+    recipe: Recipe,
+    folder: Path,
+) -> None:
+    """Its first part: the projector and the word embeddings."""
+    alignment = Alignment(model.model.multi_modal_projector, model.get_input_embeddings(), tokenizer)
+    whiten(alignment.projector, features)
+
+    def loss_at(step: int) -> torch.Tensor:
+        rows = np.random.default_rng([recipe.seed, 12, step]).choice(
+            len(features), recipe.alignment_batch, replace=False
+        )
+        labels = torch.from_numpy(rendered.labels[np.sort(rows)])
+        return alignment.loss(features[torch.from_numpy(np.sort(rows))].float(), labels)
+
+    run_stage(
+        "alignment", alignment,
+        (adam(alignment.parameters(), recipe.alignment_rate),),
+        recipe.alignment_steps, loss_at, folder, check=dict, every=recipe.check_every,
     )  # fmt: skip
 
 
@@ -198,17 +234,19 @@ def tower_features(model: LlavaForConditionalGeneration, images: npt.NDArray[np.
 
 
 def answer_scores(
-    model: LlavaForConditionalGeneration,
-    input_ids: torch.Tensor,
-    labels: torch.Tensor,
-    features: torch.Tensor,
+    model: LlavaForConditionalGeneration, batch: DialogueBatch, features: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits and targets at the answers only; features [images, 144, D] in prompt order."""
-    embeddings = model.get_input_embeddings()(input_ids)
-    here = (input_ids == model.config.image_token_id)[..., None]
+    embeddings = model.get_input_embeddings()(batch.input_ids)
+    here = (batch.input_ids == model.config.image_token_id)[..., None]
     embeddings = embeddings.masked_scatter(here, model.model.multi_modal_projector(features))
-    hidden = model.model.language_model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
-    wanted = labels[:, 1:]
+    hidden = model.model.language_model(
+        inputs_embeds=embeddings,
+        attention_mask=batch.mask,
+        position_ids=batch.position_ids,
+        use_cache=False,
+    ).last_hidden_state
+    wanted = batch.labels[:, 1:]
     known = wanted != SILENT
     return model.lm_head(hidden[:, :-1][known]), wanted[known]
 
