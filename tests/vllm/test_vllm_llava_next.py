@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from side_by_side import Ask, Engine, Reference, engine, picture, write_checkpoint
@@ -97,9 +98,17 @@ def test_a_budget_over_the_maximum_is_refused(served: Engine) -> None:
         served.answers([Ask("what is it?", [SQUARE], visual_tokens=41)])
 
 
-def test_fields_that_would_make_other_views_are_refused(served: Engine, reference: Reference) -> None:
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"crop_size": {"height": 56, "width": 56}}, "this model expects 5 of 112 x 112 pixels"),
+        ({"image_grid_pinpoints": [[112, 224]]}, "mm_processor_kwargs cannot be used"),
+    ],
+)
+def test_fields_that_would_make_other_views_are_refused(
+    served: Engine, reference: Reference, fields: Any, message: str
+) -> None:
     ask = Ask("what is it?", [SQUARE])
-    request = {**ask.for_vllm(), "mm_processor_kwargs": {"image_grid_pinpoints": [[112, 224]]}}
-    with pytest.raises(ValueError, match="this model expects 5 of 112 x 112 pixels"):
-        served.generate([request])
+    with pytest.raises(ValueError, match=message):
+        served.generate([{**ask.for_vllm(), "mm_processor_kwargs": fields}])
     assert served.answers([ask])[0].agrees(reference.answer(ask))

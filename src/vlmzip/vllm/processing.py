@@ -171,7 +171,12 @@ class CompressedProcessor:
         return inputs._replace(passthrough_data={**inputs.passthrough_data, REQUEST_KEY: asked})
 
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, object]) -> Any:
-        processed = super()._apply_hf_processor_main(mm_items, hf_kwargs)  # type: ignore[misc]
+        try:
+            processed = super()._apply_hf_processor_main(mm_items, hf_kwargs)  # type: ignore[misc]
+        except TypeError as error:  # such as a list in a list, which vLLM cannot hash
+            if not hf_kwargs:
+                raise
+            raise ValueError(f"mm_processor_kwargs cannot be used: {error}") from error
         if processed.get("pixel_values") is not None:
             self._check_processed(processed)
         return processed
