@@ -193,8 +193,14 @@ def serve(folder: Path, *words: str, model: str = "llava") -> Result:
     return CliRunner().invoke(app, ["serve", str(folder / model), *words])
 
 
-def test_a_dry_run_prints_the_command_alone(folder: Path) -> None:
-    done = serve(folder, "--tokens", "12", "--dry-run", "--port", "8001")
+def test_a_dry_run_prints_the_command_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ("--tokens", "12", "--dry-run", "--port", "8001")
+    monkeypatch.delenv("VLLM_NO_USAGE_STATS", raising=False)
+    quiet = serve(folder, *words)
+    assert quiet.stdout.startswith("VLLM_NO_USAGE_STATS=1 ")
+    monkeypatch.setenv("VLLM_NO_USAGE_STATS", "0")
+    done = serve(folder, *words)
+    assert quiet.stdout.removeprefix("VLLM_NO_USAGE_STATS=1 ") == done.stdout
     assert done.exit_code == 0, done.stderr
     plan = make_plan(str(folder / "llava"), VisionZip(tokens=12))
     assert shlex.split(done.stdout) == serve_command(plan, ["--port", "8001"])

@@ -96,12 +96,14 @@ async def soak(server: Server, requests: list[Request], concurrency: int) -> Rep
             alone[key] = await _send(session, server, distinct[key])
         answers: list[Any] = [None] * len(requests)
         pending = list(enumerate(requests))[::-1]
+        moments = {tenth * len(requests) // 10 for tenth in range(10)}
 
         async def work() -> None:
             while pending:
                 i, request = pending.pop()
                 answers[i] = await _send(session, server, request)
-                if len(pending) % max(1, len(requests) // 10) == 0:
+                if len(pending) in moments:
+                    moments.remove(len(pending))
                     report.memory_mb.append(memory(server))
 
         await asyncio.gather(*(work() for _ in range(concurrency)))

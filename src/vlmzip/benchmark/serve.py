@@ -21,7 +21,7 @@ from vlmzip.benchmark.serve_load import (
     watch_blocks,
 )
 from vlmzip.benchmark.serve_process import Server
-from vlmzip.vllm.command import program, serve_command
+from vlmzip.vllm.command import QUIET, program, serve_command
 from vlmzip.vllm.engine import Plan, default_arguments
 
 Say = Callable[[str], None]
@@ -99,8 +99,8 @@ def _servers(plan: Plan, options: Sequence[str], folder: Path) -> tuple[Server, 
     for name, value in default_arguments(dict.fromkeys(given)).items():
         stock += [f"--{name.replace('_', '-')}", str(value)]
     return (
-        Server(stock, folder / "stock.log", {"VLLM_PLUGINS": "none"}),
-        Server(compressed, folder / "compressed.log"),
+        Server(stock, folder / "stock.log", {**QUIET, "VLLM_PLUGINS": "none"}),
+        Server(compressed, folder / "compressed.log", QUIET),
     )
 
 

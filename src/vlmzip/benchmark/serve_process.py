@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-START = 900.0  # seconds that a server may take to start
+START = 1800.0  # seconds that a server may take to start
 END = 60.0  # seconds that it may take to end when asked to
 
 

@@ -85,7 +85,7 @@ def serve(
     )
     silence_transformers()
     with working("checking the checkpoint"):
-        from vlmzip.vllm.command import serve_command
+        from vlmzip.vllm.command import QUIET, serve_command
         from vlmzip.vllm.engine import check_installed, make_plan
 
         plan = make_plan(model, chosen, max_visual_tokens)
@@ -103,16 +103,18 @@ def serve(
         if not dry_run:
             raise
         problem = str(error)
+    environment = {name: value for name, value in QUIET.items() if name not in os.environ}
     if as_json:
-        options.print_json(_document(plan, sample, command, problem))
+        document = _document(plan, sample, command, problem)
+        options.print_json(document | {"environment": environment})
     elif dry_run:
-        typer.echo(shlex.join(command))
+        typer.echo(_shell(command, environment))
         if problem:
             note(f"it would not start here: {problem}")
     else:
-        _print_plan(plan, sample, command, request_budgets)
+        _print_plan(plan, sample, _shell(command, environment), request_budgets)
         sys.stdout.flush()
-        os.execvp(command[0], command)
+        os.execvpe(command[0], command, {**environment, **os.environ})
 
 
 def count_sample(plan: "Plan") -> dict[str, Any]:
@@ -165,7 +167,12 @@ def _document(
     }
 
 
-def _print_plan(plan: "Plan", sample: dict[str, Any], command: list[str], request_budgets: bool) -> None:
+def _shell(command: list[str], environment: dict[str, str]) -> str:
+    """The line that does the same in a shell."""
+    return " ".join([*(f"{name}={value}" for name, value in environment.items()), shlex.join(command)])
+
+
+def _print_plan(plan: "Plan", sample: dict[str, Any], command: str, request_budgets: bool) -> None:
     settings = ", ".join(f"{key}={value}" for key, value in plan.settings.items())
     budget = "the same for every request"
     if request_budgets:
@@ -175,7 +182,7 @@ def _print_plan(plan: "Plan", sample: dict[str, Any], command: list[str], reques
         "method": f"{settings}; {budget}",
         "sample": f"an image of {sample['width']} x {sample['height']} takes {sample['image_tokens']} "
         f"prompt tokens instead of {sample['stock']}",
-        "command": shlex.join(command),
+        "command": command,
     }
     for name, line in lines.items():
         typer.echo(f"{name:<9}{line}")

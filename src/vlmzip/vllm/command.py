@@ -8,6 +8,9 @@ from typing import Any
 
 from vlmzip.vllm.engine import Plan, check_arguments, default_arguments
 
+# vLLM reports its use over the network unless told not to; a server asks for nothing there by itself.
+QUIET = {"VLLM_NO_USAGE_STATS": "1"}
+
 # Options whose meaning is taken: read here, or refused with the reason.
 _READ = ("hf-overrides", "model-impl", "config-format", "hf-config-path", "enable-mm-embeds")
 _REFUSED = {
