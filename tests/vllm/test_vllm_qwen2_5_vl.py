@@ -243,6 +243,21 @@ def test_a_budget_out_of_range_is_refused(served: Engine, budget: Any) -> None:
         served.generate([request])
 
 
+def test_fields_that_would_make_other_patches_are_refused(served: Engine) -> None:
+    request = {**Ask("?", [WIDE]).for_vllm(), "mm_processor_kwargs": {"patch_size": 28}}
+    with pytest.raises(ValueError, match="patch_size, temporal_patch_size or merge_size is another"):
+        served.generate([request])
+
+
+def test_a_smaller_image_by_the_requests_own_fields(served: Engine) -> None:
+    """Fewer tokens than the budget: all are kept."""
+    fields = {"max_pixels": 9 * 28 * 28, "min_pixels": 4 * 28 * 28}
+    request = {**Ask("?", [LANDSCAPE]).for_vllm(), "mm_processor_kwargs": fields}
+    image = served.model.config.image_token_id
+    answer = served.generate([request])[0]
+    assert 4 <= answer.prompt.count(image) <= 9
+
+
 def test_videos_are_refused(served: Engine, family: str) -> None:
     frames: Any = torch.zeros(4, 3, 56, 56).numpy()
     if family == "qwen2_5_vl":

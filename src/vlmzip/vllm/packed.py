@@ -48,20 +48,30 @@ class PackedProcessor(CompressedProcessor):
         if inputs.prompt[-1:] == [self.info.ctx.get_hf_config().image_token_id]:
             raise ValueError("the prompt ends with an image; write text after it")
 
-    def _get_prompt_updates(self, *args: Any, **kwargs: Any) -> Any:
-        stock = super()._get_prompt_updates(*args, **kwargs)  # type: ignore[misc]
+    def _get_prompt_updates(self, mm_items: Any, hf_processor_mm_kwargs: Any, out_mm_kwargs: Any) -> Any:
+        stock = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)  # type: ignore[misc]
         return [
-            replace(update, replacement=self._kept_of(update.replacement))
+            replace(update, replacement=self._kept_of(update.replacement, out_mm_kwargs))
             for update in stock
             if update.modality == "image"
         ]
 
-    def _kept_of(self, stock: Any) -> Any:
-        """The stock placeholders of an image, as many as its tokens that are kept."""
+    def _kept_of(self, stock: Any, processed: Any) -> Any:
+        """The stock placeholders of an image, as many as its tokens that are kept.
+
+        Raises:
+            ValueError: The request's own fields made patches of another size than the model takes.
+        """
 
         def kept(item: int) -> list[int]:
             whole: list[int] = stock(item)
-            return whole[: self.info.method.budget.count(len(whole), dynamic=True)]
+            image = processed["image"][item]
+            inputs = {
+                "image_grid_thw": [image["image_grid_thw"].data],
+                "pixel_values": image["pixel_values"].data,
+            }
+            family = self.info.compression.family
+            return whole[: family.image_tokens(self.info.method, len(whole), inputs, 0)]
 
         return kept
 
