@@ -114,6 +114,13 @@ def test_a_budget_over_the_maximum_is_refused(served: Engine) -> None:
         served.answers([Ask("what is it?", [LARGE], visual_tokens=21)])
 
 
+def test_fields_that_would_make_other_views_are_refused(served: Engine) -> None:
+    fields = {"size": {"height": 196, "width": 196}}
+    request = {**Ask("what is it?", [LARGE]).for_vllm(), "mm_processor_kwargs": fields}
+    with pytest.raises(ValueError, match="this model expects 7 of 98 x 98 pixels"):
+        served.generate([request])
+
+
 def test_videos_are_refused(served: Engine, reference: Reference) -> None:
     request = {
         "prompt": "USER: <video> ? ASSISTANT:",

@@ -23,14 +23,18 @@ class Info(CompressedInfo, LlavaNextProcessingInfo):  # type: ignore[misc]
     """K placeholders a view; how many views an image has follows from its size."""
 
 
-class Processor(CompressedProcessor, LlavaNextMultiModalProcessor):  # type: ignore[misc]
-    """The stock processor, with the request's budget."""
+class AnyresProcessor(CompressedProcessor):
+    """Before a stock processor of images that are cut into crops."""
 
     def _check_processed(self, processed: Any) -> None:
         family: Any = self.info.compression.family
         views = [family.anyres.views(size) for size in size_pairs(processed["image_sizes"])]
         for index in range(len(views)):
             family.anyres.check_processed(processed["pixel_values"], views, index)
+
+
+class Processor(AnyresProcessor, LlavaNextMultiModalProcessor):  # type: ignore[misc]
+    """The stock processor, with the request's budget."""
 
 
 class CompressedAnyres:

@@ -10,9 +10,9 @@ from vllm.model_executor.models.llava_onevision import (
 )
 
 from vlmzip.vllm.llava import TOWER_NAMES
-from vlmzip.vllm.llava_next import CompressedAnyres
+from vlmzip.vllm.llava_next import AnyresProcessor, CompressedAnyres
 from vlmzip.vllm.no_videos import NoVideosInfo
-from vlmzip.vllm.processing import CompressedProcessor, compressed_processing
+from vlmzip.vllm.processing import compressed_processing
 
 
 class Info(NoVideosInfo, LlavaOnevisionProcessingInfo):  # type: ignore[misc]
@@ -23,7 +23,7 @@ class Info(NoVideosInfo, LlavaOnevisionProcessingInfo):  # type: ignore[misc]
         return LlavaNextProcessingInfo.get_image_size_with_most_features(self)
 
 
-class Processor(CompressedProcessor, LlavaOnevisionMultiModalProcessor):  # type: ignore[misc]
+class Processor(AnyresProcessor, LlavaOnevisionMultiModalProcessor):  # type: ignore[misc]
     """The stock processor, with the request's budget."""
 
 
