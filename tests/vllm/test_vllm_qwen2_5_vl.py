@@ -11,7 +11,7 @@ import side_by_side
 import torch
 from side_by_side import TOLERANCE, Engine, Reference, engine, picture, write_checkpoint
 
-from vlmzip import VisionZip
+from vlmzip import UnsupportedModelError, VisionZip
 from vlmzip.tiny.random import build
 
 # Uncompressed, the model takes 4 to 64 tokens an image; at K >= n all are kept.
@@ -219,6 +219,31 @@ def test_positions_never_pass_the_end_of_the_table(served: Engine) -> None:
         last = rotary.cos_sin_cache.shape[0] - 1
         assert int(positions_3T.max()) + 1024 - len(tokens) <= last
         assert delta + len(tokens) - 1 == int(positions_3T[0, -1]) == (end or last - 1024 + len(tokens))
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "lora", "compiled", "rate", "reason"),
+    [
+        (2, False, False, None, "pipeline-parallel-size"),
+        (1, True, False, None, "enable-tower-connector-lora"),
+        (1, False, True, None, "compile_mm_encoder"),
+        (1, False, False, 0.5, "video-pruning-rate"),
+    ],
+)
+def test_engines_that_would_go_wrong_are_refused(
+    pipeline: int, lora: bool, compiled: bool, rate: float | None, reason: str
+) -> None:
+    from vlmzip.vllm.packed import _check_engine
+
+    multimodal = SimpleNamespace(video_pruning_rate=rate)
+    config: Any = SimpleNamespace(
+        model_config=SimpleNamespace(get_multimodal_config=lambda: multimodal),
+        lora_config=SimpleNamespace(enable_tower_connector_lora=lora),
+        parallel_config=SimpleNamespace(pipeline_parallel_size=pipeline),
+        compilation_config=SimpleNamespace(compile_mm_encoder=compiled),
+    )
+    with pytest.raises(UnsupportedModelError, match=f"does not run with .*{reason}.*; leave it off"):
+        _check_engine(config)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
