@@ -15,7 +15,7 @@ from vllm.model_executor.models.utils import StageMissingLayer, WeightsMapper
 from vlmzip.errors import UnsupportedModelError
 from vlmzip.vllm.encoder import ViewEncoder, project
 from vlmzip.vllm.processing import CompressedInfo, CompressedProcessor, compressed_processing
-from vlmzip.vllm.settings import REQUEST_KEY, compression_of
+from vlmzip.vllm.settings import REQUEST_KEY, engine_compression
 
 # transformers 5 writes a tower's weights without "vision_model", which vLLM and the hub's files have.
 TOWER_NAMES = WeightsMapper(
@@ -54,7 +54,7 @@ class VlmzipLlavaForConditionalGeneration(LlavaForConditionalGeneration):  # typ
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         config = vllm_config.model_config.hf_config
-        self.compression = compression_of(config)
+        self.compression = engine_compression(vllm_config.model_config)
         self.encoder: ViewEncoder | None = None
         if self.compression is None or isinstance(self.vision_tower, StageMissingLayer):
             return

@@ -16,7 +16,7 @@ from vlmzip.anyres import pack_views, size_pairs
 from vlmzip.vllm.encoder import ViewEncoder, project
 from vlmzip.vllm.llava import TOWER_NAMES
 from vlmzip.vllm.processing import CompressedInfo, CompressedProcessor, compressed_processing
-from vlmzip.vllm.settings import REQUEST_KEY, compression_of
+from vlmzip.vllm.settings import REQUEST_KEY, engine_compression
 
 
 class Info(CompressedInfo, LlavaNextProcessingInfo):  # type: ignore[misc]
@@ -46,7 +46,7 @@ class CompressedAnyres:
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
-        self.compression = compression_of(vllm_config.model_config.hf_config)
+        self.compression = engine_compression(vllm_config.model_config)
         self.encoder: ViewEncoder | None = None
         if self.compression is not None and not isinstance(self.vision_tower, StageMissingLayer):
             self.encoder = ViewEncoder.of_tower(

@@ -21,7 +21,7 @@ from vlmzip.vllm.encoder import gather_heads
 from vlmzip.vllm.mrope import CompressedMrope, let_cpu_runner_ask, with_places
 from vlmzip.vllm.no_videos import NoVideosInfo
 from vlmzip.vllm.processing import CompressedProcessor
-from vlmzip.vllm.settings import OWN_BUDGET, REQUEST_KEY, Compression, compression_of
+from vlmzip.vllm.settings import OWN_BUDGET, REQUEST_KEY, Compression, engine_compression
 
 
 class PackedProcessor(CompressedProcessor):
@@ -85,7 +85,7 @@ class CompressedPacked(CompressedMrope):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         stock: Any = self
-        self.compression = compression_of(vllm_config.model_config.hf_config)
+        self.compression = engine_compression(vllm_config.model_config)
         self.encoder: PackedEncoder | None = None
         if self.compression is None:
             return

@@ -16,7 +16,7 @@ from vllm.multimodal.inputs import MultiModalFieldConfig
 
 from vlmzip.methods import Method
 from vlmzip.vllm.requests import check_fields, check_images
-from vlmzip.vllm.settings import OWN_BUDGET, REQUEST_KEY, Compression, compression_of
+from vlmzip.vllm.settings import OWN_BUDGET, REQUEST_KEY, Compression, engine_compression
 
 
 def compressed_processing(
@@ -32,7 +32,7 @@ def compressed_processing(
     factory = stock._processor_factory
 
     def build_info(ctx: Any) -> Any:
-        compression = compression_of(ctx.get_hf_config())
+        compression = engine_compression(ctx.model_config)
         return factory.info(ctx) if compression is None else info(ctx, compression)
 
     def build_processor(built: Any, dummy_inputs: Any) -> Any:
@@ -51,9 +51,6 @@ class CompressedInfo:
     Args:
         ctx: vLLM's context.
         compression: What the model's settings say.
-
-    Raises:
-        ValueError: The engine's ``mm_processor_kwargs`` set a budget.
     """
 
     ctx: Any
@@ -61,11 +58,6 @@ class CompressedInfo:
 
     def __init__(self, ctx: Any, compression: Compression) -> None:
         super().__init__(ctx)  # type: ignore[call-arg]
-        if REQUEST_KEY in (ctx.get_mm_config().mm_processor_kwargs or {}):
-            raise ValueError(
-                f"{REQUEST_KEY} belongs to requests; for the whole engine give tokens in the vlmzip "
-                "settings, and max_visual_tokens for the most that a request may ask for"
-            )
         self.compression = compression
         self.asked = OWN_BUDGET
 

@@ -99,3 +99,21 @@ def compression_of(config: Any) -> Compression | None:
             most = method.max_visual_tokens
             raise ValueError(f"max_visual_tokens={most} does not fit: {error}") from error
     return Compression(family, method)
+
+
+def engine_compression(model_config: Any) -> Compression | None:
+    """The same of vLLM's ``ModelConfig``; front end and workers both ask, so that neither starts.
+
+    vLLM takes a ValueError of the front end's processor for a model without images and goes on.
+
+    Raises:
+        ValueError: Also if the engine's ``mm_processor_kwargs`` set a budget.
+    """
+    compression = compression_of(model_config.hf_config)
+    fields = getattr(model_config.multimodal_config, "mm_processor_kwargs", None) or {}
+    if compression is not None and REQUEST_KEY in fields:
+        raise ValueError(
+            f"{REQUEST_KEY} belongs to requests; for the whole engine give tokens in the vlmzip "
+            "settings, and max_visual_tokens for the most that a request may ask for"
+        )
+    return compression
