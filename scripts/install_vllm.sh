@@ -8,9 +8,9 @@
 # wheels are linked to CUDA. Only files that a CUDA machine would need are missing, so `pip check`
 # complains and everything works.
 set -euo pipefail
+VENV=$(realpath -m "${1:?usage: scripts/install_vllm.sh VENV}")
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-VENV=${1:?usage: scripts/install_vllm.sh VENV}
 PYTHON=${PYTHON:-python3.11}
 VLLM=0.32.0
 TORCH=2.13.0
@@ -69,7 +69,7 @@ pip install --quiet -c "$VENV/constraints.txt" -c scripts/vllm-constraints.txt \
     typer rich matplotlib pytest pytest-timeout
 
 cd /
-"$OLDPWD/$VENV/bin/python" -c "
+"$VENV/bin/python" -c "
 import torchvision.transforms.v2
 from vllm.platforms import current_platform
 assert current_platform.is_cpu(), f'vLLM chose the platform {current_platform}'
