@@ -1,0 +1,84 @@
+"""What the towers and the projector are taught of a patch, against plain loops over the scene."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from vlmzip.tiny.alignment import Alignment
+from vlmzip.tiny.labels import (
+    GRID,
+    HEADS,
+    IGNORE,
+    count_of_things,
+    nearest_centres,
+    patch_labels,
+    scene_of,
+)
+from vlmzip.tiny.language import build_tokenizer
+from vlmzip.tiny.scenes import COLOURS, SHAPES, render
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return [scene_of("pretraining", i) for i in range(12)]
+
+
+@pytest.fixture(scope="module")
+def labels(scenes):
+    return torch.from_numpy(np.stack([patch_labels(scene, render(scene)) for scene in scenes]))
+
+
+def head(labels, image, name):
+    return labels[image, list(HEADS).index(name)].tolist()
+
+
+def test_the_count_is_known_where_something_is_shown(scenes, labels):
+    shown, count = count_of_things(labels)
+    assert count.tolist() == [len(scene.things) - 1 for scene in scenes]
+    for image in range(len(scenes)):
+        assert shown[image].tolist() == [c != IGNORE for c in head(labels, image, "column")]
+
+
+def test_the_nearest_centre_is_that_of_the_nearest_patch(labels):
+    found = nearest_centres(labels)
+    for image in range(len(labels)):
+        columns, rows = head(labels, image, "column"), head(labels, image, "row")
+        owned = [p for p in range(GRID * GRID) if columns[p] != IGNORE]
+        for patch in range(GRID * GRID):
+            away = [(p % GRID - patch % GRID) ** 2 + (p // GRID - patch // GRID) ** 2 for p in owned]
+            nearest = [p for p, d in zip(owned, away, strict=True) if d == min(away)]
+            assert (int(found[image, 0, patch]), int(found[image, 1, patch])) in {
+                (columns[p], rows[p]) for p in nearest
+            }
+
+
+def test_an_aligned_projector_costs_nothing_and_a_wrong_one_much(scenes, labels):
+    """Features that hold a patch's own words, projected as they are, are what the loss asks for."""
+    tokenizer = build_tokenizer()
+    words = nn.Embedding(len(tokenizer), len(tokenizer))
+    words.weight.data.copy_(torch.eye(len(tokenizer)))
+    alignment = Alignment(nn.Identity(), words, tokenizer)
+
+    def token(name):
+        return tokenizer(f" {name}", add_special_tokens=False).input_ids[-1]
+
+    features = torch.zeros(len(scenes), GRID * GRID, len(tokenizer))
+    for image, scene in enumerate(scenes):
+        named = {(COLOURS.index(t.colour), SHAPES.index(t.shape)): t for t in scene.things}
+        kinds, colours = head(labels, image, "kind"), head(labels, image, "colour")
+        for patch, (kind, colour) in enumerate(zip(kinds, colours, strict=True)):
+            owner = named.get((colour, kind)) if kind < len(SHAPES) else None
+            if kind == len(SHAPES) and scene.sign is not None:
+                owner = scene.sign
+                x, y = owner.x + owner.width / 2, owner.y + owner.height / 2
+                said = [owner.text] if owner.text.isalpha() else []
+            elif owner is not None:
+                x, y, said = owner.x, owner.y, [owner.colour, owner.shape]
+            else:
+                continue
+            said += ["left" if x < 48 else "right", "top" if y < 48 else "bottom"]
+            for name in [*said, str(len(scene.things))]:
+                features[image, patch, token(name)] = 1.0
+    assert alignment.loss(features, labels) < 0.02
+    assert alignment.loss(features.roll(1, 0), labels) > 1.0
