@@ -10,7 +10,7 @@ export OMP_NUM_THREADS = 1
 export HF_HUB_OFFLINE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format docs wheel test-families test-newest test-vllm soak-vllm train-tiny model-card clean
+.PHONY: help demo test lint format docs wheel test-families test-newest test-vllm soak-vllm questions-vllm train-tiny model-card clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -50,6 +50,9 @@ test-vllm: .venv-vllm/ready  ## The vLLM plugin's tests, on vLLM's CPU build
 
 soak-vllm: .venv-vllm/ready  ## A thousand requests, a fifth malformed, to a compressed server (ARGS=...)
 	.venv-vllm/bin/python tests/vllm/soak.py $(ARGS)
+
+questions-vllm: .venv-vllm/ready  ## 500 test questions to each embedded model, served and under transformers
+	.venv-vllm/bin/python -m pytest --timeout 1200 -m long -s tests/vllm/test_vllm_tiny.py
 
 train-tiny: .venv/ready  ## Train the embedded models anew (long; goes on where it was stopped)
 	for name in tiny-llava tiny-siglip; do \

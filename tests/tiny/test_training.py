@@ -17,7 +17,8 @@ from vlmzip.tiny.train import Recipe, answer_scores, tower_features, train
 
 MINIATURE = Recipe(
     tower_images=16, tower_steps=4, tower_batch=4, region_steps=4, alignment_steps=2, alignment_batch=4,
-    lesson_images=16, lesson_steps=4, lesson_batch=4, check_every=2,
+    lesson_images=16, lesson_courses=((2, ("colour", "existence")),), lesson_steps=4, lesson_batch=4,
+    check_every=2,
 )  # fmt: skip
 
 
@@ -120,6 +121,30 @@ def test_dialogues_have_one_to_four_turns(tokenizer):
     turns = (batch.labels == writer.end).sum(dim=1)
     assert set(turns.tolist()) == {1, 2, 3, 4}
     assert (batch.input_ids == writer.image).sum(dim=1).tolist() == [288] * 60
+
+
+def test_a_writer_that_could_run_out_of_questions_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="must have 'existence' among them, got colour, shape"):
+        DialogueWriter(tokenizer, ("colour", "shape"))
+
+
+def test_the_first_course_has_its_kinds_only(tmp_path, data, tokenizer, monkeypatch):
+    asked = []
+    write = DialogueWriter.write
+
+    def listen(self, images, turns):
+        asked.extend(question for question, _ in turns)
+        return write(self, images, turns)
+
+    monkeypatch.setattr(DialogueWriter, "write", listen)
+    recipe = replace(MINIATURE, tower_steps=1, region_steps=1, lesson_dialogues=0.0)
+    kinds = []
+    for _ in range(2):  # two stages of two steps each
+        asked.clear()
+        train("tiny-llava", recipe, tmp_path, data, stop_after=2)
+        kinds.append({question.split()[0] for question in asked})
+    assert "How" not in kinds[0]
+    assert "How" in kinds[1]
 
 
 def test_questions_side_by_side_are_answered_as_each_alone(tmp_path, data, tokenizer):

@@ -111,15 +111,15 @@ class Engine:
     def __init__(self, llm: Any) -> None:
         self.llm = llm
 
-    def answers(self, asks: list[Ask], new_tokens: int = NEW_TOKENS) -> list[Answer]:
+    def answers(self, asks: list[Ask], new_tokens: int = NEW_TOKENS, **options: Any) -> list[Answer]:
         """One generate() call: the requests run as a batch."""
-        return self.generate([ask.for_vllm() for ask in asks], new_tokens)
+        return self.generate([ask.for_vllm() for ask in asks], new_tokens, **options)
 
-    def generate(self, requests: list[Any], new_tokens: int = NEW_TOKENS) -> list[Answer]:
+    def generate(self, requests: list[Any], new_tokens: int = NEW_TOKENS, **options: Any) -> list[Answer]:
         from vllm import SamplingParams
 
         params = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, logprobs=0)
-        outs = self.llm.generate(requests, params, use_tqdm=False)
+        outs = self.llm.generate(requests, params, use_tqdm=False, **options)
         return [
             Answer(
                 list(out.prompt_token_ids),

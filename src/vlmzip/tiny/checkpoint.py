@@ -37,6 +37,9 @@ def build_model(name: str, tokenizer: PreTrainedTokenizerFast) -> LlavaForCondit
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=2048,
+        # Half of a head's frequencies turn by less than a radian over an image's patches, so that a word
+        # finds the patches that show it wherever they stand.
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -55,7 +58,17 @@ def build_model(name: str, tokenizer: PreTrainedTokenizerFast) -> LlavaForCondit
         image_seq_length=(SIZE // PATCH) ** 2,
         tie_word_embeddings=True,
     )
-    return LlavaForConditionalGeneration(config)
+    model = LlavaForConditionalGeneration(config)
+    _spread_words(model)
+    return model
+
+
+@torch.no_grad()
+def _spread_words(model: LlavaForConditionalGeneration) -> None:
+    # With the usual 0.02 the first block's output drowns which word a token is, and the LLM never
+    # learns to look for the object that a question names. The norm keeps the tied head's logits small.
+    nn.init.normal_(model.get_input_embeddings().weight)
+    model.model.language_model.norm.weight.fill_(0.1)
 
 
 def build_processor(name: str, tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:

@@ -40,9 +40,15 @@ class DialogueBatch:
 
 
 class DialogueWriter:
-    """Writes dialogues about scenes as the chat template does."""
+    """Writes dialogues about scenes as the chat template does.
+
+    kinds are those of its questions. Without "existence" it raises ValueError: there are scenes of
+    which no other kind has four different questions, and it would look for them for ever.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, kinds: Sequence[str] = tuple(KINDS)) -> None:
+        if "existence" not in kinds:
+            raise ValueError(f"kinds must have 'existence' among them, got {', '.join(kinds)}")
         self.tokenizer = tokenizer
         self.kinds = tuple(kinds)
         self.image = int(tokenizer.convert_tokens_to_ids("<image>"))

@@ -53,7 +53,12 @@ class Recipe:
     alignment_steps: int = 600
     alignment_batch: int = 32
     alignment_rate: float = 2e-3
-    lesson_steps: int = 2_400
+    # Steps on a few kinds alone: looking an object up, then comparing places. The rest are on all.
+    lesson_courses: tuple[tuple[int, tuple[str, ...]], ...] = (
+        (1_000, ("colour", "shape", "existence")),
+        (3_400, ("existence", "position", "relation")),
+    )
+    lesson_steps: int = 6_800
     lesson_batch: int = 6
     lesson_dialogues: float = 0.3  # share of steps on dialogues; the others have questions side by side
     lesson_rates: tuple[float, float] = (3e-3, 2e-3)
@@ -169,18 +174,24 @@ def teach_questions(
         keep(features_file, tower_features(model, rendered.images).numpy())
     features = torch.from_numpy(np.load(features_file))
     scenes = [scene_of("train", i) for i in range(recipe.lesson_images)]
-    writer = DialogueWriter(tokenizer)
+    courses = [
+        writer
+        for steps, kinds in recipe.lesson_courses
+        for writer in [DialogueWriter(tokenizer, kinds)] * steps
+    ]
+    everything = DialogueWriter(tokenizer)
     taught = nn.ModuleList([model.model.language_model, model.model.multi_modal_projector])
 
     align(model, tokenizer, features, rendered, recipe, folder)
 
     def loss_at(step: int) -> torch.Tensor:
         rng = np.random.default_rng([recipe.seed, 20, step])
-        if rng.random() < recipe.lesson_dialogues:
+        if step >= len(courses) and rng.random() < recipe.lesson_dialogues:
             per_prompt = images_per_prompt(rng)
             rows = max(2, recipe.lesson_batch // per_prompt)
-            batch = writer.batch(scenes, rng.integers(len(scenes), size=(rows, per_prompt)), rng)
+            batch = everything.batch(scenes, rng.integers(len(scenes), size=(rows, per_prompt)), rng)
         else:
+            writer = courses[step] if step < len(courses) else everything
             batch = writer.side_by_side(scenes, rng.integers(len(scenes), size=recipe.lesson_batch), rng)
         seen = features[torch.from_numpy(batch.images).flatten()].float()
         scores, wanted = answer_scores(model, batch, seen)
