@@ -9,7 +9,7 @@ from pathlib import Path
 
 from vlmzip.families.base import REGISTRY as FAMILIES
 from vlmzip.methods.base import REGISTRY as METHODS
-from vlmzip.tiny.train import Recipe
+from vlmzip.tiny.recipe import Recipe
 
 DOCS = Path(__file__).parent.parent / "docs"
 

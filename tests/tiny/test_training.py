@@ -11,14 +11,16 @@ from vlmzip.tiny.checkpoint import build_processor, save_checkpoint
 from vlmzip.tiny.dialogues import SILENT, DialogueBatch, DialogueWriter
 from vlmzip.tiny.labels import scene_of
 from vlmzip.tiny.language import build_tokenizer
+from vlmzip.tiny.lessons import answer_scores, tower_features
 from vlmzip.tiny.muon import Muon, orthogonal
+from vlmzip.tiny.recipe import Recipe
 from vlmzip.tiny.stage import run_stage
-from vlmzip.tiny.train import Recipe, answer_scores, tower_features, train
+from vlmzip.tiny.train import train
 
 MINIATURE = Recipe(
     tower_images=16, tower_steps=4, tower_batch=4, region_steps=4, alignment_steps=2, alignment_batch=4,
     lesson_images=16, lesson_courses=((2, ("colour", "existence")),), lesson_steps=4, lesson_batch=4,
-    check_every=2,
+    sign_steps=2, check_every=2,
 )  # fmt: skip
 
 
@@ -47,6 +49,7 @@ def test_a_stopped_training_goes_on_to_the_same_weights(tmp_path, data):
     assert [(line["stage"], line["step"]) for line in lines] == [
         ("tower", 2), ("tower", 3), ("tower", 4), ("regions", 2), ("regions", 3), ("regions", 4),
         ("alignment", 2), ("questions", 2), ("questions", 3), ("questions", 4),
+        ("signs", 2),
     ]  # fmt: skip
 
 
@@ -60,7 +63,8 @@ def test_another_seed_gives_other_weights(tmp_path, data):
 def test_the_second_stage_leaves_the_tower_alone_and_trains_the_rest(tmp_path, data):
     short = train("tiny-llava", replace(MINIATURE, lesson_steps=1), tmp_path / "run", data)
     before = weights(short)
-    (tmp_path / "run" / "questions.pt").unlink()
+    for stage in ("questions", "signs"):
+        (tmp_path / "run" / f"{stage}.pt").unlink()
     after = weights(train("tiny-llava", replace(MINIATURE, lesson_steps=3), tmp_path / "run", data))
     for name in before:
         same = torch.equal(before[name], after[name])
