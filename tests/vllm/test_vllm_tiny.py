@@ -1,4 +1,7 @@
-"""The embedded models, served: the test questions get the answers that they get under transformers."""
+"""The embedded models, served: the test questions get the answers that they get under transformers.
+
+vLLM compiles the language model here, as it does unless told to be eager.
+"""
 
 from typing import Any
 
@@ -50,6 +53,7 @@ def under_transformers(name: str, questions: list[ExamQuestion]) -> list[str]:
 
 def served(name: str, questions: list[ExamQuestion]) -> list[str]:
     from vllm import SamplingParams
+    from vllm.config import CompilationMode
 
     processor = AutoProcessor.from_pretrained(tiny_path(name))
     requests: list[Any] = [
@@ -59,7 +63,9 @@ def served(name: str, questions: list[ExamQuestion]) -> list[str]:
         }
         for q in questions
     ]
-    with engine(**engine_args(tiny_path(name), METHOD)) as running:
+    with engine(**engine_args(tiny_path(name), METHOD), enforce_eager=False) as running:
+        compilation = running.llm.llm_engine.vllm_config.compilation_config
+        assert compilation.mode != CompilationMode.NONE
         params = SamplingParams(temperature=0, max_tokens=6)
         outs = running.llm.generate(requests, params, use_tqdm=False)
     return [out.outputs[0].text.strip() for out in outs]
