@@ -16,5 +16,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = build_tokenizer()
     for name in ("tiny-llava", "tiny-siglip"):
         torch.manual_seed(1)
-        save_checkpoint(build_model(name, tokenizer), build_processor(name, tokenizer), where / name)
+        model = build_model(name, tokenizer)
+        with torch.no_grad():  # as they are built, untrained ones repeat the last word whatever they see
+            model.get_input_embeddings().weight.mul_(0.02)
+            model.model.language_model.norm.weight.fill_(1.0)
+        save_checkpoint(model, build_processor(name, tokenizer), where / name)
     return where
