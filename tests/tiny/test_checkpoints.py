@@ -13,17 +13,12 @@ from vlmzip.tiny.testset import exam_questions
 
 MEGABYTE = 2**20
 
-pytestmark = pytest.mark.skipif(
-    not all(tiny_path(name).is_dir() for name in NAMES),
-    reason="the trained weights are not in the tree yet: make train-tiny writes them",
-)
-
 
 @pytest.mark.parametrize("name", NAMES)
 def test_answers_most_of_the_first_questions_rightly(name):
     model, processor = load_tiny(name)
     table = accuracy_table(model, processor, exam_questions(70))
-    assert table["accuracy"] >= 0.75
+    assert table["accuracy"] >= 0.8
 
 
 @pytest.mark.parametrize("name", NAMES)

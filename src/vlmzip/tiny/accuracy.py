@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from PIL import Image
+from rich.console import Console
 from rich.progress import track
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
@@ -39,7 +40,8 @@ def answer_all(
 ) -> list[str]:
     """Greedy answers; with blank, every image is replaced by an even grey one."""
     answers: list[str] = []
-    for start in track(range(0, len(questions), batch), description="answers"):
+    console = Console(stderr=True)  # main() prints a document
+    for start in track(range(0, len(questions), batch), description="answers", console=console):
         part = questions[start : start + batch]
         images = [q.images for q in part]
         if blank:
