@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from vlmzip.tiny.alignment import whiten
-from vlmzip.tiny.checkpoint import build_processor, save_checkpoint
+from vlmzip.tiny.checkpoint import build_model, build_processor, save_checkpoint
 from vlmzip.tiny.dialogues import SILENT, DialogueBatch, DialogueWriter
 from vlmzip.tiny.labels import scene_of
 from vlmzip.tiny.language import build_tokenizer
@@ -188,6 +188,14 @@ def test_a_whitened_projector_sees_all_directions_alike():
     out = projector.linear_1(features.flatten(0, 1)).detach()
     assert out.mean(0).abs().max() < 0.1
     assert torch.allclose(torch.cov(out.T), torch.eye(128), atol=0.1)
+
+
+def test_untrained_words_are_as_large_as_what_the_first_block_adds(tokenizer):
+    model = build_model("tiny-llava", tokenizer)
+    assert 0.9 < model.get_input_embeddings().weight.std() < 1.1
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([[1, 5, 9]])).logits
+    assert logits.std() < 3  # the head is tied to them, and its logits stay small
 
 
 def test_saved_weights_have_the_hubs_names(tmp_path, data, tokenizer):

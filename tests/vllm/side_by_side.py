@@ -16,6 +16,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from vlmzip import compress
 from vlmzip.methods import Method
 from vlmzip.tiny.checkpoint import save_checkpoint
+from vlmzip.tiny.random import build
 
 NEW_TOKENS = 6
 TOLERANCE = 1e-3  # of summed log-probabilities, float32
@@ -71,6 +72,12 @@ def write_checkpoint(model: Any, processor: Any, folder: Path) -> None:
             if weight.ndim == 2:
                 weight.mul_(5)
     save_checkpoint(model, processor, folder)
+
+
+def random_checkpoint(family: str, folder: Path) -> Path:
+    """The folder, with a tiny random model of the family in it."""
+    write_checkpoint(*build(family), folder)
+    return folder
 
 
 class Reference:

@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from side_by_side import TOLERANCE, Ask, Engine, Reference, engine, picture, write_checkpoint
+from side_by_side import TOLERANCE, Ask, Engine, Reference, engine, picture, random_checkpoint
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vlmzip import VisionZip, compress
-from vlmzip.tiny.random import build
 
 METHOD = VisionZip(tokens=64, max_visual_tokens=192)
 LARGE, WIDE, TALL = picture(1, 400, 300), picture(2, 500, 120), picture(3, 90, 250)
@@ -19,9 +18,7 @@ LARGE, WIDE, TALL = picture(1, 400, 300), picture(2, 500, 120), picture(3, 90, 2
 
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("llava")
-    write_checkpoint(*build("llava"), folder)
-    return folder
+    return random_checkpoint("llava", tmp_path_factory.mktemp("llava"))
 
 
 @pytest.fixture(scope="module")

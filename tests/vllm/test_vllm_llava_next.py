@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from side_by_side import Ask, Engine, Reference, engine, picture, write_checkpoint
+from side_by_side import Ask, Engine, Reference, engine, picture, random_checkpoint
 
 from vlmzip import VisionZip
-from vlmzip.tiny.random import build
 
 METHOD = VisionZip(tokens=16, max_visual_tokens=40)
 SQUARE, WIDE, TALL = picture(1, 300, 290), picture(2, 500, 120), picture(3, 90, 250)
@@ -16,9 +15,7 @@ SQUARE, WIDE, TALL = picture(1, 300, 290), picture(2, 500, 120), picture(3, 90, 
 
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("next")
-    write_checkpoint(*build("llava_next"), folder)
-    return folder
+    return random_checkpoint("llava_next", tmp_path_factory.mktemp("next"))
 
 
 @pytest.fixture(scope="module")

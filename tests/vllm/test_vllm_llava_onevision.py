@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from side_by_side import TOLERANCE, Ask, Engine, Reference, engine, picture, write_checkpoint
+from side_by_side import TOLERANCE, Ask, Engine, Reference, engine, picture, random_checkpoint
 
 from vlmzip import VisionZip
-from vlmzip.tiny.random import build
 
 METHOD = VisionZip(tokens=6, max_visual_tokens=20)
 # Views of 98 pixels: a base view and 2 x 3, 1 x 4, 3 x 1 crops.
@@ -17,9 +16,7 @@ LARGE, WIDE, TALL = picture(1, 290, 190), picture(2, 390, 90), picture(3, 90, 25
 
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("onevision")
-    write_checkpoint(*build("llava_onevision"), folder)
-    return folder
+    return random_checkpoint("llava_onevision", tmp_path_factory.mktemp("onevision"))
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from side_by_side import Ask, Engine, Reference, engine, picture, write_checkpoint
+from side_by_side import Ask, Engine, Reference, engine, picture, random_checkpoint
 
 from vlmzip import VisionZip
-from vlmzip.tiny.random import build
 
 METHOD = VisionZip(tokens=64)
 RANK, ALPHA = 8, 16
@@ -19,9 +18,7 @@ ASKS = [Ask("what is it?", [picture(1, 400, 300)]), Ask("and these?", [picture(2
 
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("llava")
-    write_checkpoint(*build("llava"), folder)
-    return folder
+    return random_checkpoint("llava", tmp_path_factory.mktemp("llava"))
 
 
 @pytest.fixture(scope="module")
