@@ -10,7 +10,7 @@ export OMP_NUM_THREADS = 1
 export HF_HUB_OFFLINE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format docs wheel test-families test-newest test-vllm soak-vllm questions-vllm train-tiny model-card clean
+.PHONY: help demo test lint format docs wheel test-families test-newest test-vllm soak-vllm questions-vllm train-tiny train-tiny-llava train-tiny-siglip model-card clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -54,11 +54,10 @@ soak-vllm: .venv-vllm/ready  ## A thousand requests, a fifth malformed, to a com
 questions-vllm: .venv-vllm/ready  ## 500 test questions to each embedded model, served and under transformers
 	.venv-vllm/bin/python -m pytest --timeout 1200 -m long -s tests/vllm/test_vllm_tiny.py
 
-train-tiny: .venv/ready  ## Train the embedded models anew (long; goes on where it was stopped)
-	for name in tiny-llava tiny-siglip; do \
-		.venv/bin/python -m vlmzip.tiny.train $$name --out src/vlmzip/tiny/checkpoints/$$name \
-			|| exit 1; \
-	done
+train-tiny: train-tiny-llava train-tiny-siglip  ## Train the embedded models anew, a core each with -j2 (long; goes on where it stopped)
+
+train-tiny-llava train-tiny-siglip: train-%: .venv/ready
+	.venv/bin/python -m vlmzip.tiny.train $* --out src/vlmzip/tiny/checkpoints/$*
 
 model-card: .venv/ready  ## Measure the embedded models and fill the tables of docs/tiny-models.md
 	env -u OMP_NUM_THREADS .venv/bin/python scripts/model_card.py runs/model-card

@@ -11,7 +11,9 @@ from vlmzip.tiny.labels import (
     HEADS,
     IGNORE,
     count_of_things,
+    hearts,
     nearest_centres,
+    occupied,
     patch_labels,
     scene_of,
 )
@@ -51,6 +53,35 @@ def test_the_nearest_centre_is_that_of_the_nearest_patch(labels):
             assert (int(found[image, 0, patch]), int(found[image, 1, patch])) in {
                 (columns[p], rows[p]) for p in nearest
             }
+
+
+def centres(scene):
+    """Column and row of every object's centre, and of the sign's."""
+    places = [(int(thing.x // 8), int(thing.y // 8)) for thing in scene.things]
+    if scene.sign is not None:
+        sign = scene.sign
+        places.append((int((sign.x + sign.width / 2) // 8), int((sign.y + sign.height / 2) // 8)))
+    return places
+
+
+def test_columns_and_rows_are_occupied_where_something_has_its_centre(scenes, labels):
+    found = occupied(labels)
+    for image, scene in enumerate(scenes):
+        for axis in (0, 1):
+            held = {place[axis] for place in centres(scene)}
+            assert found[image, axis].tolist() == [float(i in held) for i in range(GRID)]
+
+
+def test_everything_has_one_heart_its_own_patch_nearest_to_its_centre(scenes, labels):
+    found = hearts(labels)
+    for image, scene in enumerate(scenes):
+        kinds, ranks = head(labels, image, "kind"), head(labels, image, "rank")
+        wanted = set()
+        for number, (x, y) in enumerate(centres(scene)):
+            is_sign = number == len(scene.things)
+            owned = [p for p in range(GRID * GRID) if (kinds[p] == 6 if is_sign else ranks[p] == number)]
+            wanted.add(min(owned, key=lambda p: (p % GRID - x) ** 2 + (p // GRID - y) ** 2))
+        assert set(found[image].nonzero()[:, 0].tolist()) == wanted
 
 
 def test_an_aligned_projector_costs_nothing_and_a_wrong_one_much(scenes, labels):

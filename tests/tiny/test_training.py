@@ -179,6 +179,46 @@ def test_questions_side_by_side_are_answered_as_each_alone(tmp_path, data, token
         start = end + 1
 
 
+def test_at_any_distance_an_images_tokens_stand_nearer_and_the_rest_follows(tokenizer):
+    writer = DialogueWriter(tokenizer)
+    scenes = [scene_of("train", i) for i in range(4)]
+    rng = np.random.default_rng(3)
+    plain = writer.batch(scenes, rng.integers(4, size=(40, 2)), rng)
+    side = writer.side_by_side(scenes, rng.integers(4, size=40), rng, questions=3)
+    for batch in (plain, side):
+        moved = writer.at_any_distance(batch, 0.05, rng)
+        assert torch.equal(moved.input_ids, batch.input_ids)
+        steps = []
+        for row, ids in enumerate(batch.input_ids.tolist()):
+            image = [i for i, token in enumerate(ids) if token == writer.image]
+            where = moved.position_ids[row].tolist()
+            steps.append(where[image[1]] - where[image[0]])
+            gone = 0.0
+            for i, token in enumerate(ids):
+                first = i if batch.position_ids is None else int(batch.position_ids[row, i])
+                assert where[i] == pytest.approx(first - gone, abs=1e-3)
+                gone += (1 - steps[-1]) * (token == writer.image)
+        assert min(steps) >= 0.05
+        assert max(steps) == 1
+        assert 2 <= sum(step == 1 for step in steps) <= 20  # ten are expected
+        assert sum(step < 0.2 for step in steps) >= 2
+
+
+def test_images_at_their_own_distance_are_answered_as_before(tmp_path, data, tokenizer):
+    model = train("tiny-llava", replace(MINIATURE, tower_steps=1, lesson_steps=1), tmp_path, data)
+    writer = DialogueWriter(tokenizer)
+    scenes = [scene_of("train", i) for i in range(3)]
+    rng = np.random.default_rng(0)
+    batch = writer.batch(scenes, np.array([[2], [0]]), rng)
+    features = torch.randn(2, 144, 128)
+    with torch.no_grad():
+        expected, _ = answer_scores(model, batch, features)
+        scores, _ = answer_scores(model, writer.at_any_distance(batch, 1.0, rng), features)
+        nearer, _ = answer_scores(model, writer.at_any_distance(batch, 0.05, rng), features)
+    assert torch.allclose(expected, scores, atol=1e-5)
+    assert not torch.allclose(expected, nearer, atol=1e-3)
+
+
 def test_a_whitened_projector_sees_all_directions_alike():
     torch.manual_seed(0)
     features = torch.randn(200, 144, 128) * torch.logspace(0, 1, 128) + 3.0

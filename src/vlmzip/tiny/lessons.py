@@ -20,7 +20,9 @@ from .recipe import Recipe
 from .stage import run_stage
 from .tower import FEATURE_LAYER, pixels
 
-__all__ = ["answer_scores", "teach_questions", "tower_features"]
+__all__ = ["Lessons", "answer_scores", "teach_questions", "tower_features"]
+
+_Rows = npt.NDArray[np.int64]
 
 
 def teach_questions(
@@ -36,44 +38,13 @@ def teach_questions(
     if not features_file.exists():
         keep(features_file, tower_features(model, rendered.images).numpy())
     features = torch.from_numpy(np.load(features_file))
-    scenes = [scene_of("train", i) for i in range(recipe.lesson_images)]
-    courses = [
-        writer
-        for steps, kinds in recipe.lesson_courses
-        for writer in [DialogueWriter(tokenizer, kinds)] * steps
-    ]
-    everything, more_reading = DialogueWriter(tokenizer), DialogueWriter(tokenizer, recipe.sign_kinds)
-    everywhere = np.arange(len(scenes))
-    signs = np.flatnonzero([scene.sign is not None for scene in scenes])
-    more_signs = np.concatenate([everywhere, signs])
-    taught = nn.ModuleList([model.model.language_model, model.model.multi_modal_projector])
-
     align(model, tokenizer, features, rendered, recipe, folder)
-
-    def loss_on(
-        writer: DialogueWriter, pool: npt.NDArray[np.int64], rng: np.random.Generator, dialogues: float
-    ) -> torch.Tensor:
-        if dialogues and rng.random() < dialogues:
-            per_prompt = images_per_prompt(rng)
-            rows = max(2, recipe.lesson_batch // per_prompt)
-            batch = writer.batch(scenes, pool[rng.integers(len(pool), size=(rows, per_prompt))], rng)
-        else:
-            chosen = pool[rng.integers(len(pool), size=recipe.lesson_batch)]
-            batch = writer.side_by_side(scenes, chosen, rng)
-        seen = features[torch.from_numpy(batch.images).flatten()].float()
-        return F.cross_entropy(*answer_scores(model, batch, seen))
-
-    def lesson_at(step: int) -> torch.Tensor:
-        rng = np.random.default_rng([recipe.seed, 20, step])
-        if step < len(courses):
-            return loss_on(courses[step], everywhere, rng, 0.0)
-        return loss_on(everything, everywhere, rng, recipe.lesson_dialogues)
-
-    def sign_at(step: int) -> torch.Tensor:
-        rng = np.random.default_rng([recipe.seed, 21, step])
-        return loss_on(more_reading, more_signs, rng, recipe.lesson_dialogues)
-
-    stages = (("questions", recipe.lesson_steps, lesson_at), ("signs", recipe.sign_steps, sign_at))
+    lessons = Lessons(model, recipe, tokenizer, features)
+    taught = nn.ModuleList([model.model.language_model, model.model.multi_modal_projector])
+    stages = (
+        ("questions", recipe.lesson_steps, lessons.question_loss),
+        ("signs", recipe.sign_steps, lessons.sign_loss),
+    )
     for stage, steps, loss_at in stages:
         fresh = optimisers(model.model.language_model.layers, taught, *recipe.lesson_rates)
         if not run_stage(
@@ -81,6 +52,59 @@ def teach_questions(
             check=dict, every=recipe.check_every, stop_after=stop_after,
         ):  # fmt: skip
             return
+
+
+class Lessons:
+    """What the language model is asked, step by step. features are those of the train split."""
+
+    def __init__(
+        self,
+        model: LlavaForConditionalGeneration,
+        recipe: Recipe,
+        tokenizer: PreTrainedTokenizerFast,
+        features: torch.Tensor,
+    ) -> None:
+        self.model, self.recipe, self.features = model, recipe, features
+        self.scenes = [scene_of("train", i) for i in range(len(features))]
+        self.courses = [
+            writer
+            for steps, kinds in recipe.lesson_courses
+            for writer in [DialogueWriter(tokenizer, kinds)] * steps
+        ]
+        self.all_kinds = DialogueWriter(tokenizer)
+        self.more_reading = DialogueWriter(tokenizer, recipe.sign_kinds)
+        signs = np.flatnonzero([scene.sign is not None for scene in self.scenes])
+        self.everywhere = np.arange(len(features))
+        self.more_signs = np.concatenate([self.everywhere, signs])
+
+    def question_loss(self, step: int) -> torch.Tensor:
+        """The courses, then all kinds."""
+        rng = np.random.default_rng([self.recipe.seed, 20, step])
+        if step < len(self.courses):
+            return self._loss(self._singles(self.courses[step], self.everywhere, rng))
+        return self._mixed(self.all_kinds, self.everywhere, rng)
+
+    def sign_loss(self, step: int) -> torch.Tensor:
+        """All kinds, with more about signs."""
+        rng = np.random.default_rng([self.recipe.seed, 21, step])
+        return self._mixed(self.more_reading, self.more_signs, rng)
+
+    def _mixed(self, writer: DialogueWriter, pool: _Rows, rng: np.random.Generator) -> torch.Tensor:
+        if rng.random() < self.recipe.lesson_dialogues:
+            per_prompt = images_per_prompt(rng)
+            rows = max(2, self.recipe.lesson_batch // per_prompt)
+            batch = writer.batch(self.scenes, pool[rng.integers(len(pool), size=(rows, per_prompt))], rng)
+        else:
+            batch = self._singles(writer, pool, rng)
+        return self._loss(writer.at_any_distance(batch, self.recipe.lesson_distance, rng))
+
+    def _singles(self, writer: DialogueWriter, pool: _Rows, rng: np.random.Generator) -> DialogueBatch:
+        chosen = pool[rng.integers(len(pool), size=self.recipe.lesson_batch)]
+        return writer.side_by_side(self.scenes, chosen, rng)
+
+    def _loss(self, batch: DialogueBatch) -> torch.Tensor:
+        seen = self.features[torch.from_numpy(batch.images).flatten()].float()
+        return F.cross_entropy(*answer_scores(self.model, batch, seen))
 
 
 def align(

@@ -17,7 +17,7 @@ class Recipe:
     tower_steps: int = 1_800
     tower_batch: int = 24
     tower_rates: tuple[float, float] = (3e-3, 2e-3)  # Muon's and AdamW's
-    region_steps: int = 600
+    region_steps: int = 1_000
     region_rates: tuple[float, float] = (2e-3, 1e-3)
     lesson_images: int = 12_000
     alignment_steps: int = 600
@@ -26,11 +26,14 @@ class Recipe:
     # Steps on a few kinds alone: looking an object up, then comparing places. The rest are on all.
     lesson_courses: tuple[tuple[int, tuple[str, ...]], ...] = (
         (1_000, ("colour", "shape", "existence")),
-        (4_200, ("existence", "position", "relation")),
+        (4_200, ("existence", "position", *["relation"] * 3)),
     )
     lesson_steps: int = 7_600
     lesson_batch: int = 6
     lesson_dialogues: float = 0.3  # share of steps on dialogues; the others have questions side by side
+    lesson_distance: float = (
+        0.05  # on all kinds, an image's tokens are so much of a position apart, or more
+    )
     lesson_rates: tuple[float, float] = (3e-3, 2e-3)
     sign_steps: int = 1_400  # at the end, on all kinds, but with more signs and questions about them
     sign_kinds: tuple[str, ...] = (*KINDS, *["reading"] * 4, *["relation"] * 2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from transformers import (
 from .labels import BACKGROUND, GRID, HEADS, IGNORE, phrases_shown
 from .scenes import PATCH, SIZE
 
-__all__ = ["TowerLesson", "build_tower", "pixels"]
+__all__ = ["TowerLesson", "blindfold", "build_tower", "pixels"]
 
 WIDTH, LAYERS, HEADS_OF_ATTENTION, MLP = 128, 6, 4, 512
 FEATURE_LAYER = -2
@@ -57,6 +59,24 @@ def waves(grid: int, width: int) -> torch.Tensor:
     return torch.cat([rows, columns], dim=-1).reshape(grid * grid, width)
 
 
+@contextmanager
+def blindfold(tower: Any, blind_BN: torch.Tensor) -> Iterator[None]:
+    """Meanwhile the tokens marked in bool [B, N] see only themselves before the layer that is read.
+
+    What they are asked for there they can only have looked up in that layer, whose attention
+    VisionZip ranks the patches by.
+    """
+    itself = torch.eye(blind_BN.shape[1], dtype=torch.bool)
+    mask = (~blind_BN[:, None, :, None]) | itself
+    earlier = tower.encoder.layers[:FEATURE_LAYER]
+    hooks = [layer.register_forward_pre_hook(lambda _, given: (given[0], mask)) for layer in earlier]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def pixels(images_BHWC: torch.Tensor) -> torch.Tensor:
     """uint8 [B, 96, 96, 3] to the floats [B, 3, 96, 96] in -1..1 that the processors give."""
     return images_BHWC.permute(0, 3, 1, 2).float() / 127.5 - 1.0
@@ -65,7 +85,7 @@ def pixels(images_BHWC: torch.Tensor) -> torch.Tensor:
 class TowerLesson(nn.Module):
     """A tower with what teaches it: a text tower for captions and linear heads for patches.
 
-    phrases [P, T] are token ids, padded with -1, of everything that an image may show, in the order
+    phrases [P, T] are token ids, padded with -1, of the first P of what an image may show, in the order
     of ``labels.PHRASES``.
     """
 
@@ -112,7 +132,7 @@ class TowerLesson(nn.Module):
         """The same, of what the tower saw."""
         scores = self._label(seen.hidden_states[FEATURE_LAYER]).split(list(HEADS.values()), dim=-1)
         result = {"caption": self.contrast(seen.pooler_output, captions)}
-        phrases, shown = self.read(self.phrases), phrases_shown(labels)
+        phrases, shown = self.read(self.phrases), phrases_shown(labels)[:, : len(self.phrases)]
         result["phrases"] = self.recognise(seen.pooler_output, phrases, shown)
         if self.cls:  # so that CLS looks for objects before the layer that LLaVA drops
             early = self.early_norm(seen.hidden_states[FEATURE_LAYER][:, 0])

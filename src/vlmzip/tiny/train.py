@@ -21,7 +21,7 @@ from . import NAMES
 from .accuracy import accuracy_table
 from .checkpoint import build_model, build_processor, copy_tower, save_checkpoint
 from .focus import focus
-from .labels import HEADS, IGNORE, PHRASES, LabelledImages, keep, rendered_split, scene_of
+from .labels import HEADS, IGNORE, NUMBERS, PHRASES, LabelledImages, keep, rendered_split, scene_of
 from .language import build_tokenizer
 from .lessons import teach_questions
 from .muon import optimisers
@@ -68,8 +68,7 @@ def train_tower(
     captions = _captions(tokenizer, recipe.tower_images, data)
     phrases = [tokenizer(text, add_special_tokens=False).input_ids for text in PHRASES]
     padded = pad_sequence([torch.tensor(ids) for ids in phrases], True, -1)
-    lesson = TowerLesson(name, len(tokenizer), padded)
-    regions = RegionLesson(lesson)
+    lesson = TowerLesson(name, len(tokenizer), padded[:-NUMBERS])
 
     def sample(part: int, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         rng = np.random.default_rng([recipe.seed, part, step])
@@ -88,12 +87,15 @@ def train_tower(
         optimisers(lesson.tower.encoder, lesson, *recipe.tower_rates),
         recipe.tower_steps, lambda step: lesson.total(lesson.losses(*sample(10, step))), folder,
         check=check, every=recipe.check_every, stop_after=stop_after,
-    ) and run_stage(
-        "regions", regions,
-        optimisers(lesson.tower.encoder, regions, *recipe.region_rates),
-        recipe.region_steps, lambda step: regions.loss(*sample(11, step)), folder,
-        check=check, every=recipe.check_every, stop_after=stop_after,
     )  # fmt: skip
+    if finished:
+        regions = RegionLesson(lesson, padded)
+        finished = run_stage(
+            "regions", regions,
+            optimisers(lesson.tower.encoder, regions, *recipe.region_rates),
+            recipe.region_steps, lambda step: regions.loss(*sample(11, step)), folder,
+            check=check, every=recipe.check_every, stop_after=stop_after,
+        )  # fmt: skip
     return lesson.eval().requires_grad_(False), finished
 
 
