@@ -10,7 +10,8 @@ export OMP_NUM_THREADS = 1
 export HF_HUB_OFFLINE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format docs wheel test-families test-newest test-vllm soak-vllm questions-vllm train-tiny train-tiny-llava train-tiny-siglip model-card clean
+.PHONY: help demo test lint format docs wheel test-families test-newest test-vllm soak-vllm questions-vllm train-tiny train-tiny-llava \
+	train-tiny-siglip train-tiny-siglip-tower model-card clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -54,10 +55,19 @@ soak-vllm: .venv-vllm/ready  ## A thousand requests, a fifth malformed, to a com
 questions-vllm: .venv-vllm/ready  ## 500 test questions to each embedded model, served and under transformers
 	.venv-vllm/bin/python -m pytest --timeout 1200 -m long -s tests/vllm/test_vllm_tiny.py
 
-train-tiny: train-tiny-llava train-tiny-siglip  ## Train the embedded models anew, a core each with -j2 (long; goes on where it stopped)
+TRAIN = .venv/bin/python -m vlmzip.tiny.train
+SHIPPED = src/vlmzip/tiny/checkpoints
 
-train-tiny-llava train-tiny-siglip: train-%: .venv/ready
-	.venv/bin/python -m vlmzip.tiny.train $* --out src/vlmzip/tiny/checkpoints/$*
+train-tiny: train-tiny-siglip  ## Train the embedded models anew; with -j2 on two cores (long; goes on where it stopped)
+
+train-tiny-llava: .venv/ready
+	$(TRAIN) tiny-llava --out $(SHIPPED)/tiny-llava
+
+train-tiny-siglip: train-tiny-llava train-tiny-siglip-tower
+	$(TRAIN) tiny-siglip --out $(SHIPPED)/tiny-siglip
+
+train-tiny-siglip-tower: .venv/ready
+	$(TRAIN) tiny-siglip --out $(SHIPPED)/tiny-siglip --tower-only
 
 model-card: .venv/ready  ## Measure the embedded models and fill the tables of docs/tiny-models.md
 	env -u OMP_NUM_THREADS .venv/bin/python scripts/model_card.py runs/model-card

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from vlmzip import Random, VisionZip, compress
 from vlmzip.tiny import NAMES, load_tiny, tiny_path
 from vlmzip.tiny.accuracy import accuracy_table
 from vlmzip.tiny.testset import exam_questions
@@ -19,6 +20,17 @@ def test_answers_most_of_the_first_questions_rightly(name):
     model, processor = load_tiny(name)
     table = accuracy_table(model, processor, exam_questions(70))
     assert table["accuracy"] >= 0.8
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_visionzip_keeps_more_than_random_at_a_ninth_of_the_tokens(name):
+    model, processor = load_tiny(name)
+    asked = exam_questions(210)
+    right = {}
+    for method in (VisionZip(tokens=16), Random(tokens=16)):
+        with compress(model, processor, method):
+            right[type(method)] = accuracy_table(model, processor, asked)["accuracy"]
+    assert right[VisionZip] >= right[Random] + 0.1
 
 
 @pytest.mark.parametrize("name", NAMES)

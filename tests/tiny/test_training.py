@@ -15,12 +15,13 @@ from vlmzip.tiny.lessons import answer_scores, tower_features
 from vlmzip.tiny.muon import Muon, orthogonal
 from vlmzip.tiny.recipe import Recipe
 from vlmzip.tiny.stage import run_stage
+from vlmzip.tiny.takeover import take_over
 from vlmzip.tiny.train import train
 
 MINIATURE = Recipe(
     tower_images=16, tower_steps=4, tower_batch=4, region_steps=4, alignment_steps=2, alignment_batch=4,
     lesson_images=16, lesson_courses=((2, ("colour", "existence")),), lesson_steps=4, lesson_batch=4,
-    sign_steps=2, check_every=2,
+    sign_steps=2, imitation_steps=2, imitation_batch=4, check_every=2,
 )  # fmt: skip
 
 
@@ -55,8 +56,8 @@ def test_a_stopped_training_goes_on_to_the_same_weights(tmp_path, data):
 
 def test_another_seed_gives_other_weights(tmp_path, data):
     short = replace(MINIATURE, tower_steps=1, lesson_steps=1)
-    one = weights(train("tiny-siglip", short, tmp_path / "one", data))
-    other = weights(train("tiny-siglip", replace(short, seed=1), tmp_path / "other", data))
+    one = weights(train("tiny-llava", short, tmp_path / "one", data))
+    other = weights(train("tiny-llava", replace(short, seed=1), tmp_path / "other", data))
     assert any(not torch.equal(one[name], other[name]) for name in one)
 
 
@@ -81,6 +82,29 @@ def test_a_checkpoint_that_is_cut_off_while_saving_is_not_used(tmp_path):
 
     assert run_stage("toy", module, optimiser, 2, loss_at, tmp_path, check=dict)
     assert torch.load(tmp_path / "toy.pt")["step"] == 2
+
+
+def test_tiny_siglip_takes_over_tiny_llavas_language_model(tmp_path, data, tokenizer):
+    recipe = replace(MINIATURE, lesson_steps=2, imitation_steps=150, imitation_batch=8)
+    llava = train("tiny-llava", recipe, tmp_path / "tiny-llava", data)
+    model = build_model("tiny-siglip", tokenizer)
+    torch.manual_seed(0)
+    seen = torch.from_numpy(np.load(tmp_path / "tiny-llava" / "features.npy")).float()
+    turned = seen @ torch.linalg.qr(torch.randn(128, 128))[0]  # another tower that knows as much
+    take_over(model, tokenizer, turned, recipe, tmp_path / "tiny-siglip")
+    taken = weights(model.model.language_model)
+    for name, value in weights(llava.model.language_model).items():
+        assert torch.equal(taken[name], value), name
+    with torch.no_grad():
+        wanted = llava.model.multi_modal_projector(seen)
+        off = (model.model.multi_modal_projector(turned) - wanted).square().mean() / wanted.var()
+    assert off < 0.3  # 1 if it gave the mean of what is wanted
+
+
+def test_tiny_siglip_is_not_trained_before_tiny_llava_is(tmp_path, data):
+    train("tiny-llava", MINIATURE, tmp_path / "tiny-llava", data, stop_after=1)
+    with pytest.raises(FileNotFoundError, match=r"no finished training .* train tiny-llava first"):
+        train("tiny-siglip", MINIATURE, tmp_path / "tiny-siglip", data)
 
 
 def test_dialogues_are_written_as_the_chat_template_writes_them(tokenizer):
@@ -241,7 +265,8 @@ def test_untrained_words_are_as_large_as_what_the_first_block_adds(tokenizer):
 def test_saved_weights_have_the_hubs_names(tmp_path, data, tokenizer):
     from safetensors import safe_open
 
-    model = train("tiny-siglip", replace(MINIATURE, tower_steps=1, lesson_steps=1), tmp_path / "r", data)
+    for name in ("tiny-llava", "tiny-siglip"):
+        model = train(name, replace(MINIATURE, tower_steps=1, lesson_steps=1), tmp_path / name, data)
     save_checkpoint(model, build_processor("tiny-siglip", tokenizer), tmp_path / "out")
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
         names = set(file.keys())

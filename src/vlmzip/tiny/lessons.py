@@ -18,6 +18,7 @@ from .labels import LabelledImages, keep, scene_of
 from .muon import adam, optimisers
 from .recipe import Recipe
 from .stage import run_stage
+from .takeover import TEACHER, take_over
 from .tower import FEATURE_LAYER, pixels
 
 __all__ = ["Lessons", "answer_scores", "teach_questions", "tower_features"]
@@ -26,6 +27,7 @@ _Rows = npt.NDArray[np.int64]
 
 
 def teach_questions(
+    name: str,
     model: LlavaForConditionalGeneration,
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerFast,
@@ -33,18 +35,19 @@ def teach_questions(
     rendered: LabelledImages,
     stop_after: int | None,
 ) -> None:
-    """Teach a model whose tower is finished; rendered are the images of the train split."""
+    """Teach the named model, whose tower is finished; rendered are the images of the train split."""
     features_file = folder / "features.npy"  # the tower is finished: they stay what they are
     if not features_file.exists():
         keep(features_file, tower_features(model, rendered.images).numpy())
     features = torch.from_numpy(np.load(features_file))
-    align(model, tokenizer, features, rendered, recipe, folder)
     lessons = Lessons(model, recipe, tokenizer, features)
     taught = nn.ModuleList([model.model.language_model, model.model.multi_modal_projector])
-    stages = (
-        ("questions", recipe.lesson_steps, lessons.question_loss),
-        ("signs", recipe.sign_steps, lessons.sign_loss),
-    )
+    stages = [("signs", recipe.sign_steps, lessons.sign_loss)]
+    if name == TEACHER:
+        align(model, tokenizer, features, rendered, recipe, folder)
+        stages.insert(0, ("questions", recipe.lesson_steps, lessons.question_loss))
+    else:
+        take_over(model, tokenizer, features, recipe, folder)
     for stage, steps, loss_at in stages:
         fresh = optimisers(model.model.language_model.layers, taught, *recipe.lesson_rates)
         if not run_stage(

@@ -23,10 +23,13 @@ class Recipe:
     alignment_steps: int = 600
     alignment_batch: int = 32
     alignment_rate: float = 2e-3
+    imitation_steps: int = 1_000  # tiny-siglip's projector, of tiny-llava's
+    imitation_batch: int = 24
+    imitation_rate: float = 3e-3
     # Steps on a few kinds alone: looking an object up, then comparing places. The rest are on all.
     lesson_courses: tuple[tuple[int, tuple[str, ...]], ...] = (
         (1_000, ("colour", "shape", "existence")),
-        (4_200, ("existence", "position", *["relation"] * 3)),
+        (4_200, ("existence", "position", "relation")),
     )
     lesson_steps: int = 7_600
     lesson_batch: int = 6

@@ -41,16 +41,17 @@ def train(
 ) -> LlavaForConditionalGeneration:
     """Train (or go on training) one model; checkpoints and the log go to folder, scenes to data.
 
-    stop_after ends each stage of this call after so many steps; call again to go on.
+    tiny-siglip takes over tiny-llava's language model, from a finished run in the folder "tiny-llava"
+    beside its own, and raises FileNotFoundError if there is none. stop_after ends each stage of this
+    call after so many steps; call again to go on.
     """
-    torch.manual_seed(recipe.seed)
     tokenizer = build_tokenizer()
     lesson, learnt = train_tower(name, recipe, tokenizer, folder, data, stop_after)
     model = build_model(name, tokenizer)
     copy_tower(lesson.tower, model)
     if learnt:
         rendered = _rendered("train", recipe.lesson_images, data)
-        teach_questions(model, recipe, tokenizer, folder, rendered, stop_after)
+        teach_questions(name, model, recipe, tokenizer, folder, rendered, stop_after)
     return model.eval()
 
 
@@ -63,6 +64,7 @@ def train_tower(
     stop_after: int | None,
 ) -> tuple[TowerLesson, bool]:
     """First stage, in two parts: the lesson, and whether it is finished."""
+    torch.manual_seed(recipe.seed)
     images = _rendered("pretraining", recipe.tower_images, data)
     held_out = _rendered("validation", 100, data)
     captions = _captions(tokenizer, recipe.tower_images, data)
@@ -138,12 +140,21 @@ def main(
     run: Annotated[Path | None, typer.Option(help="Folder of the run; runs/NAME by default.")] = None,
     data: Annotated[Path, typer.Option(help="Folder of the rendered scenes.")] = Path("runs/data"),
     threads: Annotated[int, typer.Option(help="Threads of torch.")] = 1,
+    tower_only: Annotated[
+        bool, typer.Option("--tower-only", help="Stop when the tower is finished; writes no checkpoint.")
+    ] = False,
 ) -> None:
-    """Train one embedded model, measure it on the test set and write its checkpoint."""
+    """Train one embedded model, measure it on the test set and write its checkpoint.
+
+    tiny-siglip takes over tiny-llava's language model, whose run must be finished and lie beside its own.
+    """
     if name not in NAMES:
         raise typer.BadParameter(f"{name!r} is not one of: {', '.join(NAMES)}")
     torch.set_num_threads(threads)
     folder = run or Path("runs") / name
+    if tower_only:
+        train_tower(name, Recipe(), build_tokenizer(), folder, data, None)
+        return
     model = train(name, Recipe(), folder, data)
     processor = build_processor(name, build_tokenizer())
     save_checkpoint(model, processor, out)
