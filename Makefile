@@ -67,7 +67,7 @@ train-tiny-siglip: train-tiny-llava train-tiny-siglip-tower
 	$(TRAIN) tiny-siglip --out $(SHIPPED)/tiny-siglip
 
 train-tiny-siglip-tower: .venv/ready
-	$(TRAIN) tiny-siglip --out $(SHIPPED)/tiny-siglip --tower-only
+	$(TRAIN) tiny-siglip --tower-only
 
 model-card: .venv/ready  ## Measure the embedded models and fill the tables of docs/tiny-models.md
 	env -u OMP_NUM_THREADS .venv/bin/python scripts/model_card.py runs/model-card

@@ -6,19 +6,15 @@ import torch
 from torch import nn
 
 from vlmzip.tiny.alignment import Alignment
-from vlmzip.tiny.labels import (
-    GRID,
-    HEADS,
-    IGNORE,
-    count_of_things,
-    hearts,
-    nearest_centres,
-    occupied,
-    patch_labels,
-    scene_of,
-)
+from vlmzip.tiny.labels import GRID, HEADS, IGNORE, patch_labels, scene_of
 from vlmzip.tiny.language import build_tokenizer
 from vlmzip.tiny.scenes import COLOURS, SHAPES, render
+from vlmzip.tiny.targets import (
+    central_patches,
+    centre_columns_and_rows,
+    count_of_things,
+    nearest_centres,
+)
 
 
 @pytest.fixture(scope="module")
@@ -65,15 +61,15 @@ def centres(scene):
 
 
 def test_columns_and_rows_are_occupied_where_something_has_its_centre(scenes, labels):
-    found = occupied(labels)
+    found = centre_columns_and_rows(labels)
     for image, scene in enumerate(scenes):
         for axis in (0, 1):
             held = {place[axis] for place in centres(scene)}
             assert found[image, axis].tolist() == [float(i in held) for i in range(GRID)]
 
 
-def test_everything_has_one_heart_its_own_patch_nearest_to_its_centre(scenes, labels):
-    found = hearts(labels)
+def test_everything_has_one_central_patch_its_own_nearest_to_its_centre(scenes, labels):
+    found = central_patches(labels)
     for image, scene in enumerate(scenes):
         kinds, ranks = head(labels, image, "kind"), head(labels, image, "rank")
         wanted = set()

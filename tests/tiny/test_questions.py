@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from vlmzip.tiny.accuracy import blind_accuracy
-from vlmzip.tiny.labels import scene_of
+from vlmzip.tiny.labels import SPLITS, scene_of
 from vlmzip.tiny.questions import KINDS, answers_of, ask, caption
 from vlmzip.tiny.scenes import SIZE, Scene, Thing
 from vlmzip.tiny.testset import (
@@ -104,6 +104,10 @@ def test_blind_answers_are_near_chance(questions):
               "position": 1 / 4, "relation": 1 / 4, "reading": 1 / 20}  # fmt: skip
     for kind, figures in blind_accuracy(questions)["by_kind"].items():
         assert figures["accuracy"] < chance[kind] + 0.06
+
+
+def test_splits_draw_from_seeds_of_their_own():
+    assert len(set(SPLITS.values())) == len(SPLITS)
 
 
 def test_no_test_scene_is_a_training_scene(questions):

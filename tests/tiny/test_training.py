@@ -11,7 +11,7 @@ from vlmzip.tiny.checkpoint import build_model, build_processor, save_checkpoint
 from vlmzip.tiny.dialogues import SILENT, DialogueBatch, DialogueWriter
 from vlmzip.tiny.labels import scene_of
 from vlmzip.tiny.language import build_tokenizer
-from vlmzip.tiny.lessons import answer_scores, tower_features
+from vlmzip.tiny.lessons import Lessons, answer_scores, tower_features
 from vlmzip.tiny.muon import Muon, orthogonal
 from vlmzip.tiny.recipe import Recipe
 from vlmzip.tiny.stage import run_stage
@@ -23,6 +23,14 @@ MINIATURE = Recipe(
     lesson_images=16, lesson_courses=((2, ("colour", "existence")),), lesson_steps=4, lesson_batch=4,
     sign_steps=2, imitation_steps=2, imitation_batch=4, check_every=2,
 )  # fmt: skip
+SHORT = replace(MINIATURE, tower_steps=1, lesson_courses=(), lesson_steps=1)
+
+
+def plain_batch(ids, labels, images):
+    """One row, positions and mask as any LLM takes them."""
+    count = ids.shape[1]
+    mask = torch.ones(1, 1, count, count, dtype=torch.bool).tril()
+    return DialogueBatch(ids, labels, images, mask, torch.arange(count)[None])
 
 
 @pytest.fixture(scope="module")
@@ -55,21 +63,66 @@ def test_a_stopped_training_goes_on_to_the_same_weights(tmp_path, data):
 
 
 def test_another_seed_gives_other_weights(tmp_path, data):
-    short = replace(MINIATURE, tower_steps=1, lesson_steps=1)
-    one = weights(train("tiny-llava", short, tmp_path / "one", data))
-    other = weights(train("tiny-llava", replace(short, seed=1), tmp_path / "other", data))
+    one = weights(train("tiny-llava", SHORT, tmp_path / "one", data))
+    other = weights(train("tiny-llava", replace(SHORT, seed=1), tmp_path / "other", data))
     assert any(not torch.equal(one[name], other[name]) for name in one)
 
 
 def test_the_second_stage_leaves_the_tower_alone_and_trains_the_rest(tmp_path, data):
-    short = train("tiny-llava", replace(MINIATURE, lesson_steps=1), tmp_path / "run", data)
-    before = weights(short)
-    for stage in ("questions", "signs"):
-        (tmp_path / "run" / f"{stage}.pt").unlink()
-    after = weights(train("tiny-llava", replace(MINIATURE, lesson_steps=3), tmp_path / "run", data))
+    before = weights(train("tiny-llava", SHORT, tmp_path / "run", data))
+    for stage in ("questions.pt", "signs.pt", "recipe.json"):
+        (tmp_path / "run" / stage).unlink()
+    after = weights(train("tiny-llava", replace(SHORT, lesson_steps=3), tmp_path / "run", data))
     for name in before:
         same = torch.equal(before[name], after[name])
         assert same == ("vision_tower" in name), name
+
+
+def test_a_folder_with_a_run_of_another_recipe_is_refused(tmp_path, data):
+    train("tiny-llava", SHORT, tmp_path, data)
+    with pytest.raises(ValueError, match="holds a run of another recipe; delete it"):
+        train("tiny-llava", replace(SHORT, region_steps=5), tmp_path, data)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [({"lesson_steps": 2}, "leave some for all kinds"), ({"lesson_distance": 0.0}, "at most 1, got 0.0")],
+)
+def test_a_recipe_that_could_not_be_followed_is_refused(change, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        replace(MINIATURE, **change)
+
+
+def test_distances_vary_after_the_courses_and_signs_come_last(tokenizer, monkeypatch):
+    moved, asked = [], []
+    at_any_distance, write = DialogueWriter.at_any_distance, DialogueWriter.write
+
+    def move(self, batch, least, rng):
+        moved.append(least)
+        return at_any_distance(self, batch, least, rng)
+
+    def listen(self, images, turns):
+        asked.extend(question for question, _ in turns)
+        return write(self, images, turns)
+
+    monkeypatch.setattr(DialogueWriter, "at_any_distance", move)
+    monkeypatch.setattr(DialogueWriter, "write", listen)
+    recipe = replace(MINIATURE, lesson_distance=0.3)
+    lessons = Lessons(build_model("tiny-llava", tokenizer), recipe, tokenizer, torch.randn(16, 144, 128))
+    with torch.no_grad():
+        for step in (0, 1):
+            lessons.question_loss(step)
+        assert moved == []
+        asked.clear()
+        for step in range(2, 12):
+            lessons.question_loss(step)
+        assert moved == [0.3] * 10
+        before = sum("sign" in question for question in asked) / len(asked)
+        asked.clear()
+        for step in range(10):
+            lessons.sign_loss(step)
+        assert moved == [0.3] * 20
+        assert sum("sign" in question for question in asked) / len(asked) > 2 * before
 
 
 def test_a_checkpoint_that_is_cut_off_while_saving_is_not_used(tmp_path):
@@ -85,7 +138,7 @@ def test_a_checkpoint_that_is_cut_off_while_saving_is_not_used(tmp_path):
 
 
 def test_tiny_siglip_takes_over_tiny_llavas_language_model(tmp_path, data, tokenizer):
-    recipe = replace(MINIATURE, lesson_steps=2, imitation_steps=150, imitation_batch=8)
+    recipe = replace(SHORT, imitation_steps=150, imitation_batch=8)
     llava = train("tiny-llava", recipe, tmp_path / "tiny-llava", data)
     model = build_model("tiny-siglip", tokenizer)
     torch.manual_seed(0)
@@ -127,13 +180,13 @@ def test_dialogues_are_written_as_the_chat_template_writes_them(tokenizer):
 
 
 def test_training_sees_what_inference_sees(tmp_path, data, tokenizer):
-    model = train("tiny-llava", replace(MINIATURE, tower_steps=1, lesson_steps=1), tmp_path, data)
+    model = train("tiny-llava", SHORT, tmp_path, data)
     processor = build_processor("tiny-llava", tokenizer)
     images = np.random.default_rng(0).integers(0, 256, (2, 96, 96, 3), dtype=np.uint8)
     ids, labels = DialogueWriter(tokenizer).write([0, 1], [("Is there a red ring?", "yes")])
     features = tower_features(model, images).float()
     with torch.no_grad():
-        batch = DialogueBatch(torch.tensor([ids]), torch.tensor([labels]), np.array([[0, 1]]))
+        batch = plain_batch(torch.tensor([ids]), torch.tensor([labels]), np.array([[0, 1]]))
         scores, _ = answer_scores(model, batch, features)
         pixel_values = processor.image_processor(list(images), return_tensors="pt")["pixel_values"]
         logits = model(input_ids=torch.tensor([ids]), pixel_values=pixel_values).logits[0]
@@ -176,7 +229,7 @@ def test_the_first_course_has_its_kinds_only(tmp_path, data, tokenizer, monkeypa
 
 
 def test_questions_side_by_side_are_answered_as_each_alone(tmp_path, data, tokenizer):
-    model = train("tiny-llava", replace(MINIATURE, tower_steps=1, lesson_steps=1), tmp_path, data)
+    model = train("tiny-llava", SHORT, tmp_path, data)
     writer = DialogueWriter(tokenizer)
     scenes = [scene_of("train", i) for i in range(3)]
     features = torch.randn(2, 144, 128)
@@ -195,7 +248,7 @@ def test_questions_side_by_side_are_answered_as_each_alone(tmp_path, data, token
         last = places[end][1]
         own = torch.cat([batch.input_ids[row, :prompt_length], batch.input_ids[row, begin : last + 2]])
         labels = torch.cat([torch.full((prompt_length,), SILENT), batch.labels[row, begin : last + 2]])
-        alone = DialogueBatch(own[None], labels[None], batch.images[row : row + 1])
+        alone = plain_batch(own[None], labels[None], batch.images[row : row + 1])
         with torch.no_grad():
             expected, target = answer_scores(model, alone, features[row : row + 1])
         assert torch.equal(target, wanted[start : end + 1])
@@ -219,17 +272,17 @@ def test_at_any_distance_an_images_tokens_stand_nearer_and_the_rest_follows(toke
             steps.append(where[image[1]] - where[image[0]])
             gone = 0.0
             for i, token in enumerate(ids):
-                first = i if batch.position_ids is None else int(batch.position_ids[row, i])
-                assert where[i] == pytest.approx(first - gone, abs=1e-3)
+                assert where[i] == pytest.approx(int(batch.position_ids[row, i]) - gone, abs=1e-3)
                 gone += (1 - steps[-1]) * (token == writer.image)
+        assert torch.equal(moved.mask, batch.mask)
         assert min(steps) >= 0.05
         assert max(steps) == 1
         assert 2 <= sum(step == 1 for step in steps) <= 20  # ten are expected
-        assert sum(step < 0.2 for step in steps) >= 2
+        assert sum(step < 0.05**0.5 for step in steps) >= 8  # half of the thirty others are
 
 
 def test_images_at_their_own_distance_are_answered_as_before(tmp_path, data, tokenizer):
-    model = train("tiny-llava", replace(MINIATURE, tower_steps=1, lesson_steps=1), tmp_path, data)
+    model = train("tiny-llava", SHORT, tmp_path, data)
     writer = DialogueWriter(tokenizer)
     scenes = [scene_of("train", i) for i in range(3)]
     rng = np.random.default_rng(0)
@@ -266,7 +319,7 @@ def test_saved_weights_have_the_hubs_names(tmp_path, data, tokenizer):
     from safetensors import safe_open
 
     for name in ("tiny-llava", "tiny-siglip"):
-        model = train(name, replace(MINIATURE, tower_steps=1, lesson_steps=1), tmp_path / name, data)
+        model = train(name, SHORT, tmp_path / name, data)
     save_checkpoint(model, build_processor("tiny-siglip", tokenizer), tmp_path / "out")
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
         names = set(file.keys())

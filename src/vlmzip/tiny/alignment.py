@@ -14,8 +14,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from .glyphs import WORDS
-from .labels import GRID, HEADS, IGNORE, count_of_things
+from .labels import GRID, IGNORE, by_head
 from .scenes import COLOURS, SHAPES
+from .targets import count_of_things
 
 __all__ = ["Alignment", "whiten"]
 
@@ -57,7 +58,7 @@ class Alignment(nn.Module):
 
 def _targets(labels: torch.Tensor) -> dict[str, torch.Tensor]:
     """For each group, which word fits each patch, int64 [B, 144], or IGNORE."""
-    rows = dict(zip(HEADS, labels.long().unbind(1), strict=True))
+    rows = by_head(labels)
     shown_BN, count_B = count_of_things(labels)
 
     def within(target: torch.Tensor, limit: int) -> torch.Tensor:

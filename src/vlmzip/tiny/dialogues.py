@@ -28,15 +28,14 @@ _TURNS = {1: 0.25, 2: 0.25, 3: 0.25, 4: 0.25}  # share of dialogues by their tur
 class DialogueBatch:
     """input_ids and labels [B, T] (right-padded) and the images of each row [B, images].
 
-    Where questions stand side by side or images at any distance: mask [B or 1, 1, T, T], True where a
-    token sees another, and position_ids [B, T].
+    mask [B or 1, 1, T, T] is True where a token sees another; position_ids are [B, T].
     """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
     images: npt.NDArray[np.int64]
-    mask: torch.Tensor | None = None
-    position_ids: torch.Tensor | None = None
+    mask: torch.Tensor
+    position_ids: torch.Tensor
 
 
 class DialogueWriter:
@@ -85,7 +84,9 @@ class DialogueWriter:
         for i, (ids, label) in enumerate(rows):
             input_ids[i, : len(ids)] = torch.tensor(ids)
             labels[i, : len(label)] = torch.tensor(label)
-        return DialogueBatch(input_ids, labels, chosen)
+        # The mask is given, since without one transformers takes uneven positions for packed texts.
+        mask = torch.ones(1, 1, longest, longest, dtype=torch.bool).tril()
+        return DialogueBatch(input_ids, labels, chosen, mask, torch.arange(longest).expand(len(rows), -1))
 
     def side_by_side(
         self,
@@ -114,20 +115,17 @@ class DialogueWriter:
     def at_any_distance(
         self, batch: DialogueBatch, least: float, rng: np.random.Generator
     ) -> DialogueBatch:
-        """The same with each row's image tokens nearer to each other: least to 1 of a position apart.
+        """The same with the image tokens of a row nearer to each other (position interpolation).
 
         Otherwise all images of the training stand equally far from their questions, and the LLM learns
-        to count and to tell places by it. A row in four stays as it is.
+        to count and to tell places by it. Three rows in four have image tokens least (0 < least <= 1)
+        to 1 of a position apart, drawn evenly over the logarithm; the others stay as they are.
         """
-        rows, longest = batch.input_ids.shape
+        rows = len(batch.input_ids)
         step = np.where(rng.random((rows, 1)) < 0.25, 1.0, least ** rng.random((rows, 1)))
         shown = (batch.input_ids == self.image).long()
-        before = shown.cumsum(1) - shown
-        place, mask = batch.position_ids, batch.mask
-        if place is None or mask is None:
-            place = torch.arange(longest).expand(rows, -1)
-            mask = torch.ones(1, 1, longest, longest, dtype=torch.bool).tril()
-        return replace(batch, mask=mask, position_ids=place - before * torch.from_numpy(1 - step).float())
+        nearer = (shown.cumsum(1) - shown) * torch.from_numpy(1 - step).float()
+        return replace(batch, position_ids=batch.position_ids - nearer)
 
     def _singles(
         self, scene: Scene, rng: np.random.Generator, questions: int

@@ -9,7 +9,7 @@ import torch
 from vlmzip.compress_tower import compress_tower
 from vlmzip.methods.visionzip import VisionZip
 
-from .labels import HEADS, LabelledImages
+from .labels import LabelledImages, by_head
 from .scenes import SHAPES
 from .stage import Figures
 from .tower import FEATURE_LAYER, pixels
@@ -29,7 +29,7 @@ def focus(tower: Any, held_out: LabelledImages, tokens: int = 16, count: int = 1
     with compress_tower(tower, VisionZip(tokens=tokens), layer=FEATURE_LAYER) as compressed:
         out = compressed(pixels(torch.from_numpy(held_out.images[:count].copy())))
     assert out.scores is not None  # a tower's output always has them
-    labels = dict(zip(HEADS, torch.from_numpy(held_out.labels[:count]).long().unbind(1), strict=True))
+    labels = by_head(torch.from_numpy(held_out.labels[:count]))
     # instances are told apart by colour and shape, which no two objects of a scene share
     instance = labels["colour"] * len(SHAPES) + labels["kind"]
     instance = torch.where(labels["kind"] == len(SHAPES), 1000, instance)

@@ -14,9 +14,8 @@ import torch
 from .glyphs import GLYPHS, WORDS
 from .scenes import COLOURS, PATCH, SHAPES, SIZE, Rendering, Scene, render, sample_scene
 
-__all__ = ["BACKGROUND", "HEADS", "IGNORE", "NUMBERS", "PHRASES", "LabelledImages",
-           "count_of_things", "hearts", "keep", "nearest_centres", "occupied", "patch_labels",
-           "phrases_of_patches", "phrases_shown", "rendered_split", "scene_of"]  # fmt: skip
+__all__ = ["BACKGROUND", "HEADS", "IGNORE", "NUMBERS", "PHRASES", "LabelledImages", "by_head",
+           "keep", "patch_labels", "rendered_split", "scene_of"]  # fmt: skip
 
 GRID = SIZE // PATCH
 IGNORE = -100
@@ -35,13 +34,14 @@ HEADS = {
     "own_column": GRID,
     "own_row": GRID,
 }
-# What an image may show, in words. The tower's first part learns all but the numbers.
+# What an image may show, in words. The numbers come last: each is so rare that a tower learns to name
+# them in its second part only, when it can read their digits.
 PHRASES = (
     *(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES),
     *(f"sign {word}" for word in WORDS),
     *(f"sign {number}" for number in range(10, 100)),
 )
-NUMBERS = 90  # that many of them, the last
+NUMBERS = 90  # how many of them are numbers
 SPLITS = {"train": 1, "validation": 2, "test": 3, "pretraining": 5}
 
 
@@ -92,66 +92,9 @@ def _label_sign(
         labels["tens"][mine], labels["units"][mine] = int(text[0]), int(text[1])
 
 
-def phrases_of_patches(labels: torch.Tensor) -> torch.Tensor:
-    """Which of PHRASES each patch shows, int64 [B, 144], -1 if none; labels [B, len(HEADS), 144]."""
-    rows = dict(zip(HEADS, labels.long().unbind(1), strict=True))
-    kind, colour, word = rows["kind"], rows["colour"], rows["word"]
-    tens, units = rows["tens"], rows["units"]
-    thing = (kind >= 0) & (kind < len(SHAPES)) & (colour >= 0)
-    spelt = (word >= 0) & (word < len(WORDS))
-    named = torch.where(thing, colour * len(SHAPES) + kind, -1)
-    named = torch.where(spelt, len(COLOURS) * len(SHAPES) + word, named)
-    return torch.where(tens >= 0, len(PHRASES) - NUMBERS + 10 * tens + units - 10, named)
-
-
-def phrases_shown(labels: torch.Tensor) -> torch.Tensor:
-    """Which of PHRASES each image shows, float [B, P], from its labels [B, len(HEADS), 144]."""
-    phrase_BN = phrases_of_patches(labels)
-    nothing = len(PHRASES)
-    shown = torch.zeros(len(labels), nothing + 1)
-    return shown.scatter_(1, phrase_BN.where(phrase_BN >= 0, nothing), 1.0)[:, :nothing]
-
-
-def nearest_centres(labels: torch.Tensor) -> torch.Tensor:
-    """Column and row of the centre of the object or sign nearest to each patch, int64 [B, 2, 144].
-
-    Nearest is the one with the nearest patch; IGNORE all over an image that shows nothing.
-    """
-    rows = dict(zip(HEADS, labels.long().unbind(1), strict=True))
-    place = torch.stack([torch.arange(GRID * GRID) % GRID, torch.arange(GRID * GRID) // GRID], dim=1)
-    apart_NN = torch.cdist(place.float(), place.float())
-    bare_B1N = (rows["column"] == IGNORE)[:, None]
-    nearest_BN = (apart_NN + bare_B1N * 1e6).argmin(-1)
-    centres_B2N = torch.stack([rows["column"], rows["row"]], dim=1)
-    return centres_B2N.gather(2, nearest_BN[:, None].expand(-1, 2, -1))
-
-
-def occupied(labels: torch.Tensor) -> torch.Tensor:
-    """Which columns and rows hold the centre of an object or sign, float [B, 2, 12]."""
-    rows = dict(zip(HEADS, labels.long().unbind(1), strict=True))
-    centres_B2N = torch.stack([rows["column"], rows["row"]], dim=1)
-    held = torch.zeros(len(labels), 2, GRID + 1)
-    return held.scatter_(2, centres_B2N.where(centres_B2N >= 0, GRID), 1.0)[..., :GRID]
-
-
-def hearts(labels: torch.Tensor) -> torch.Tensor:
-    """Of every object and sign the patch that lies nearest to its centre, bool [B, 144]."""
-    rows = dict(zip(HEADS, labels.long().unbind(1), strict=True))
-    shown_BN = rows["column"] != IGNORE
-    sign_BN = shown_BN & (rows["rank"] == IGNORE)
-    which_BN = rows["rank"].where(~sign_BN, HEADS["rank"])
-    patch = torch.arange(GRID * GRID)
-    off_BN = (rows["column"] - patch % GRID) ** 2 + (rows["row"] - patch // GRID) ** 2
-    off_BN = (off_BN * len(patch) + patch).where(shown_BN, 2**40)  # of equally near ones the first
-    same_BNN = which_BN[:, :, None] == which_BN[:, None, :]
-    nearest_BN = off_BN[:, None, :].expand_as(same_BNN).where(same_BNN, 2**40).amin(-1)
-    return shown_BN & (off_BN == nearest_BN)
-
-
-def count_of_things(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which patches show an object or a sign, bool [B, 144], and the number of objects less 1, [B]."""
-    rows = dict(zip(HEADS, labels.long().unbind(1), strict=True))
-    return rows["column"] != IGNORE, rows["rank"].amax(1).clamp(min=0)
+def by_head(labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Labels [B, len(HEADS), 144] as int64 [B, 144] a head."""
+    return dict(zip(HEADS, labels.long().unbind(1), strict=True))
 
 
 @dataclass(frozen=True)

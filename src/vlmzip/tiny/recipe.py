@@ -1,4 +1,4 @@
-"""Every number of the training of the embedded models."""
+"""The settings of the embedded models' training; what a task weighs stands with the task."""
 
 from __future__ import annotations
 
@@ -34,11 +34,20 @@ class Recipe:
     lesson_steps: int = 7_600
     lesson_batch: int = 6
     lesson_dialogues: float = 0.3  # share of steps on dialogues; the others have questions side by side
-    lesson_distance: float = (
-        0.05  # on all kinds, an image's tokens are so much of a position apart, or more
-    )
+    lesson_distance: float = 0.05  # least distance of image tokens, in positions; after the courses
     lesson_rates: tuple[float, float] = (3e-3, 2e-3)
     sign_steps: int = 1_400  # at the end, on all kinds, but with more signs and questions about them
     sign_kinds: tuple[str, ...] = (*KINDS, *["reading"] * 4, *["relation"] * 2)
     check_every: int = 100
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for courses that leave no step on all kinds, or a distance outside 0..1."""
+        courses = sum(steps for steps, _ in self.lesson_courses)
+        if courses >= self.lesson_steps:
+            raise ValueError(
+                f"lesson_courses take {courses} steps and lesson_steps are {self.lesson_steps}; leave "
+                "some for all kinds"
+            )
+        if not 0 < self.lesson_distance <= 1:
+            raise ValueError(f"lesson_distance must be above 0 and at most 1, got {self.lesson_distance}")

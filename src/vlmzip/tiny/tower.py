@@ -16,16 +16,17 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from .labels import BACKGROUND, GRID, HEADS, IGNORE, phrases_shown
+from .labels import BACKGROUND, GRID, HEADS, IGNORE
 from .scenes import PATCH, SIZE
+from .targets import phrases_shown
 
-__all__ = ["TowerLesson", "blindfold", "build_tower", "pixels"]
+__all__ = ["TASK_WEIGHTS", "TowerLesson", "blindfold", "build_tower", "pixels"]
 
 WIDTH, LAYERS, HEADS_OF_ATTENTION, MLP = 128, 6, 4, 512
 FEATURE_LAYER = -2
 # How much each of the dense tasks weighs beside the contrastive one.
 # Background counts apart: four patches in five show it, and shapes would hardly weigh beside it.
-_WEIGHTS = {"kind": 3.0, "own_column": 0.1, "own_row": 0.1, "column": 0.5, "row": 0.5, "rank": 0.5,
+TASK_WEIGHTS = {"kind": 3.0, "own_column": 0.1, "own_row": 0.1, "column": 0.5, "row": 0.5, "rank": 0.5,
             "phrases": 0.15, "early phrases": 0.15}  # fmt: skip
 
 
@@ -36,9 +37,11 @@ def build_tower(name: str) -> Any:
         "num_attention_heads": HEADS_OF_ATTENTION, "image_size": SIZE, "patch_size": PATCH,
     }  # fmt: skip
     if name == "tiny-llava":
-        tower = CLIPVisionModel(CLIPVisionConfig(hidden_act="gelu", projection_dim=WIDTH, **shape))
-    else:
+        tower: Any = CLIPVisionModel(CLIPVisionConfig(hidden_act="gelu", projection_dim=WIDTH, **shape))
+    elif name == "tiny-siglip":
         tower = SiglipVisionModel(SiglipVisionConfig(**shape))
+    else:
+        raise ValueError(f"no embedded model is called {name!r}: tiny-llava or tiny-siglip")
     places = tower.embeddings.position_embedding.weight
     with torch.no_grad():
         places[-(GRID * GRID) :] = 0.5 * waves(GRID, WIDTH)
@@ -63,11 +66,12 @@ def waves(grid: int, width: int) -> torch.Tensor:
 def blindfold(tower: Any, blind_BN: torch.Tensor) -> Iterator[None]:
     """Meanwhile the tokens marked in bool [B, N] see only themselves before the layer that is read.
 
-    What they are asked for there they can only have looked up in that layer, whose attention
-    VisionZip ranks the patches by.
+    What they are asked for there they must look up in that layer, by whose attention VisionZip ranks
+    the patches.
     """
-    itself = torch.eye(blind_BN.shape[1], dtype=torch.bool)
-    mask = (~blind_BN[:, None, :, None]) | itself
+    others = ~torch.eye(blind_BN.shape[1], dtype=torch.bool)
+    hidden = blind_BN[:, None, :, None] & others
+    mask = torch.zeros(hidden.shape).masked_fill(hidden, -torch.inf)
     earlier = tower.encoder.layers[:FEATURE_LAYER]
     hooks = [layer.register_forward_pre_hook(lambda _, given: (given[0], mask)) for layer in earlier]
     try:
@@ -184,7 +188,6 @@ class TowerLesson(nn.Module):
         return F.binary_cross_entropy_with_logits(logits, shown_BP, reduction="sum") / len(logits)
 
     @staticmethod
-    def total(losses: dict[str, torch.Tensor], **weights: float) -> torch.Tensor:
-        """The weighted sum that is minimised; weights of single tasks may be given."""
-        weights = {**_WEIGHTS, **weights}
-        return torch.stack([weights.get(k, 1.0) * v for k, v in losses.items()]).sum()
+    def total(losses: dict[str, torch.Tensor], weights: dict[str, float] = TASK_WEIGHTS) -> torch.Tensor:
+        """The weighted sum that is minimised; a task without a weight counts once."""
+        return torch.stack([weights.get(task, 1.0) * loss for task, loss in losses.items()]).sum()

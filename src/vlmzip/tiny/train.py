@@ -6,6 +6,8 @@ questions on all of its patches (layer -2). Stopped runs go on where they were w
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -42,8 +44,9 @@ def train(
     """Train (or go on training) one model; checkpoints and the log go to folder, scenes to data.
 
     tiny-siglip takes over tiny-llava's language model, from a finished run in the folder "tiny-llava"
-    beside its own, and raises FileNotFoundError if there is none. stop_after ends each stage of this
-    call after so many steps; call again to go on.
+    beside its own, and raises FileNotFoundError if there is none. stop_after ends each longer stage of
+    this call after so many steps; call again to go on. A folder that holds a run of another recipe
+    raises ValueError.
     """
     tokenizer = build_tokenizer()
     lesson, learnt = train_tower(name, recipe, tokenizer, folder, data, stop_after)
@@ -64,6 +67,7 @@ def train_tower(
     stop_after: int | None,
 ) -> tuple[TowerLesson, bool]:
     """First stage, in two parts: the lesson, and whether it is finished."""
+    _claim(folder, recipe)
     torch.manual_seed(recipe.seed)
     images = _rendered("pretraining", recipe.tower_images, data)
     held_out = _rendered("validation", 100, data)
@@ -101,6 +105,15 @@ def train_tower(
     return lesson.eval().requires_grad_(False), finished
 
 
+def _claim(folder: Path, recipe: Recipe) -> None:
+    """Note the recipe in the folder of a run, whose stages are not to be mixed with another's."""
+    file, text = folder / "recipe.json", json.dumps(asdict(recipe), indent=1)
+    if file.exists() and file.read_text() != text:
+        raise ValueError(f"{folder} holds a run of another recipe; delete it, or give another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+
+
 def _rendered(split: str, count: int, data: Path) -> LabelledImages:
     with Progress() as progress:
         bar = progress.add_task(f"{split} scenes", total=count)
@@ -136,7 +149,10 @@ def _captions(tokenizer: PreTrainedTokenizerFast, count: int, data: Path) -> npt
 
 def main(
     name: Annotated[str, typer.Argument(help=f"One of: {', '.join(NAMES)}.")],
-    out: Annotated[Path, typer.Option(help="Where the finished checkpoint goes.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Where the finished checkpoint goes; checkpoint/ in RUN by default."),
+    ] = None,
     run: Annotated[Path | None, typer.Option(help="Folder of the run; runs/NAME by default.")] = None,
     data: Annotated[Path, typer.Option(help="Folder of the rendered scenes.")] = Path("runs/data"),
     threads: Annotated[int, typer.Option(help="Threads of torch.")] = 1,
@@ -157,7 +173,7 @@ def main(
         return
     model = train(name, Recipe(), folder, data)
     processor = build_processor(name, build_tokenizer())
-    save_checkpoint(model, processor, out)
+    save_checkpoint(model, processor, out or folder / "checkpoint")
     table = accuracy_table(model, processor, exam_questions())
     Log(folder / "log.jsonl").write({"stage": "test", **table})
     typer.echo(table)
