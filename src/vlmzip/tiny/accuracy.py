@@ -96,13 +96,20 @@ def _table(questions: Sequence[ExamQuestion], right: Sequence[bool]) -> dict[str
 def main(
     name: Annotated[str, typer.Argument(help=f"One of: {', '.join(NAMES)}.")],
     checkpoint: Annotated[Path | None, typer.Option(help="Another folder than the shipped one.")] = None,
-    questions: Annotated[int, typer.Option(help="How many of the 3,150 test questions.")] = 3150,
+    questions: Annotated[int | None, typer.Option(help="How many of the 3,150 test questions.")] = None,
     blank: Annotated[bool, typer.Option(help="Show grey images instead of the scenes.")] = False,
-    pairs: Annotated[bool, typer.Option(help="Ask about one of two images (350 questions).")] = False,
+    pairs: Annotated[
+        bool, typer.Option(help="Ask about one of two images (350 questions unless given).")
+    ] = False,
     constant: Annotated[bool, typer.Option(help="The best constant answers; no model.")] = False,
 ) -> None:
     """Print the accuracy by kind of an embedded model on the test questions, as JSON."""
-    asked = pair_questions() if pairs else exam_questions(questions)
+    if name not in NAMES:
+        raise typer.BadParameter(f"{name!r} is not one of: {', '.join(NAMES)}")
+    if constant and (blank or checkpoint is not None):
+        raise typer.BadParameter("--constant asks no model; leave --blank and --checkpoint away")
+    make = pair_questions if pairs else exam_questions
+    asked = make() if questions is None else make(questions)
     if constant:
         table = blind_accuracy(asked)
     else:

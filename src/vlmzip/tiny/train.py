@@ -108,7 +108,8 @@ def train_tower(
 def _claim(folder: Path, recipe: Recipe) -> None:
     """Note the recipe in the folder of a run, whose stages are not to be mixed with another's."""
     file, text = folder / "recipe.json", json.dumps(asdict(recipe), indent=1)
-    if file.exists() and file.read_text() != text:
+    noted = file.read_text() if file.exists() else None
+    if noted != text and (noted is not None or any(folder.glob("*.pt"))):
         raise ValueError(f"{folder} holds a run of another recipe; delete it, or give another folder")
     folder.mkdir(parents=True, exist_ok=True)
     file.write_text(text)
@@ -166,6 +167,8 @@ def main(
     """
     if name not in NAMES:
         raise typer.BadParameter(f"{name!r} is not one of: {', '.join(NAMES)}")
+    if tower_only and out is not None:
+        raise typer.BadParameter("--tower-only writes no checkpoint; leave --out away")
     torch.set_num_threads(threads)
     folder = run or Path("runs") / name
     if tower_only:
