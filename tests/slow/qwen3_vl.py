@@ -11,8 +11,10 @@ from slow.qwen2_vl import NEEDS_TORCHVISION, features, frames, images, placed, p
 __all__ = ["NEEDS_TORCHVISION", "features", "images", "logits", "positions"]
 
 
-def logits(model: Any, inputs: Any, features: list[Tensor], method: Any) -> Tensor:
-    """[B, T, V]: the stock LLM, given embeddings, positions and DeepStack features."""
+def logits(
+    model: Any, inputs: Any, features: list[Tensor], method: Any, where: Tensor | None = None
+) -> Tensor:
+    """[B, T, V]: the stock LLM, given embeddings, positions (or where) and DeepStack features."""
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     encoded = [frame for _, _, frame in placed(model, inputs, frames(model, inputs, method))]
     embeds = embedded(model, ids, features)
@@ -20,7 +22,7 @@ def logits(model: Any, inputs: Any, features: list[Tensor], method: Any) -> Tens
     out = model.model.language_model(
         inputs_embeds=embeds,
         attention_mask=mask,
-        position_ids=positions(model, inputs, method),
+        position_ids=positions(model, inputs, method) if where is None else where,
         visual_pos_masks=placeholders(model, ids),
         deepstack_visual_embeds=deep or None,
         use_cache=False,
