@@ -8,7 +8,7 @@ from typing import Protocol
 
 from PIL import Image
 
-from vlmzip.tiny.testset import SUBSET, TEST_HASH, ExamQuestion, exam_questions
+from vlmzip.tiny.testset import SUBSET, TEST_HASH, ExamQuestion, exam_questions, is_right
 
 __all__ = ["MOST", "SUBSET", "Example", "SceneTask", "Task"]
 
@@ -82,7 +82,7 @@ class SceneTask:
 
     def is_right(self, example: Example, given: str) -> bool:
         """Whether the answer is the right one; case and a final full stop do not matter."""
-        return given.strip().removesuffix(".").lower() == example.answer
+        return is_right(example.answer, given)
 
 
 class SceneExample:

@@ -18,7 +18,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from . import NAMES, tiny_path
 from .scenes import COLOURS, SHAPES
-from .testset import ExamQuestion, exam_questions, pair_questions
+from .testset import ExamQuestion, exam_questions, is_right, pair_questions
 
 __all__ = ["accuracy_table", "answer_all", "blind_accuracy"]
 
@@ -63,7 +63,7 @@ def accuracy_table(
 ) -> dict[str, Any]:
     """{"accuracy", "n", "by_kind": {kind: {"accuracy", "n"}}}, fractions 0..1."""
     given = answer_all(model, processor, questions, blank=blank)
-    return _table(questions, [a == q.answer for a, q in zip(given, questions, strict=True)])
+    return _table(questions, [is_right(q.answer, a) for a, q in zip(given, questions, strict=True)])
 
 
 def blind_accuracy(questions: Sequence[ExamQuestion]) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from .language import about
 from .questions import KINDS, Question, answers_of, ask
 from .scenes import Scene, render
 
-__all__ = ["SUBSET", "TEST_HASH", "ExamQuestion", "exam_hash", "exam_questions", "pair_questions"]
+__all__ = ["SUBSET", "TEST_HASH", "ExamQuestion", "exam_hash", "exam_questions", "is_right",
+           "pair_questions"]  # fmt: skip
 
 PER_KIND = 450
 SUBSET = 300  # the first so many questions are the stated subset; every prefix is even over kinds
@@ -47,6 +48,11 @@ def exam_questions(count: int = PER_KIND * len(KINDS)) -> list[ExamQuestion]:
         raise ValueError(f"count must be between 1 and {most}, got {count}; ask for fewer questions")
     makers = [_of_kind(kind) for kind in KINDS]
     return [next(makers[i % len(makers)]) for i in range(count)]
+
+
+def is_right(answer: str, given: str) -> bool:
+    """Whether what was given is the answer; case and a final full stop do not matter."""
+    return given.strip().removesuffix(".").lower() == answer
 
 
 def pair_questions(count: int = 350) -> list[ExamQuestion]:
